@@ -1,0 +1,106 @@
+"""Checks at the door. Each error names the argument, says what came, what is allowed and what to do."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def integer(name: str, value: Any, *, minimum: int = 1) -> int:
+    """Return `value` if it is an int of at least `minimum`; bools and floats are refused."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} must be an int of at least {minimum}, got {value!r} of type {type(value).__name__}.")
+    if value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value}.")
+    return int(value)
+
+
+def real(name: str, value: Any, *, minimum: float = -math.inf, above: float = -math.inf, hint: str = "") -> float:
+    """Return `value` as a float if it is a finite real number, at least `minimum` and strictly above `above`."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a real number, got {value!r} of type {type(value).__name__}.{_advice(hint)}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}.{_advice(hint)}")
+    if value < minimum:
+        raise ValueError(f"{name} must be at least {minimum:g}, got {value}.{_advice(hint)}")
+    if value <= above:
+        raise ValueError(f"{name} must be greater than {above:g}, got {value}.{_advice(hint)}")
+    return float(value)
+
+
+def tensor(name: str, value: Any, *, allow_complex: bool = False) -> Tensor:
+    """Return `value` if it is a non-empty floating point (or, where allowed, complex) tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"{name} must be a torch.Tensor, got {type(value).__name__}. Convert it: torch.as_tensor({name})."
+        )
+    if not (value.is_floating_point() or (allow_complex and value.is_complex())):
+        allowed = "floating point or complex" if allow_complex else "floating point"
+        raise TypeError(f"{name} must be {allowed}, got {value.dtype}. Convert it first, e.g. {name}.float().")
+    if value.numel() == 0:
+        raise ValueError(f"{name} is empty, its shape is {tuple(value.shape)}. Every dimension must be at least 1.")
+    return value
+
+
+def finite(name: str, value: Tensor) -> Tensor:
+    """Return `value` if it has neither NaN nor infinity.
+
+    Looks only where looking is free of side effects: not on an accelerator (it would wait for the device), not on the
+    meta device, and not while the call is being compiled, exported or vmapped (there are no values to look at).
+    """
+    if can_look_at(value) and not bool(torch.isfinite(value).all()):
+        bad = int((~torch.isfinite(value)).sum())
+        raise ValueError(
+            f"{name} has {bad} NaN or infinite of {value.numel()} entries. Remove or replace them first, "
+            f"e.g. torch.nan_to_num({name})."
+        )
+    return value
+
+
+def can_look_at(value: Tensor) -> bool:
+    """Whether Python may branch on the values of this tensor at no cost but the look."""
+    return (
+        value.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not torch._C._functorch.is_functorch_wrapped_tensor(value)
+    )
+
+
+def dictionary(name: str, value: Any, *, allow_complex: bool = False) -> Tensor:
+    """Return `value` if it is a finite (m, n) matrix without zero atoms (columns)."""
+    tensor(name, value, allow_complex=allow_complex)
+    if value.dim() != 2:
+        raise ValueError(
+            f"{name} must be a matrix (m, n) with atoms as columns, got shape {tuple(value.shape)}. "
+            "scikit-learn's components_ hold atoms as rows: pass their transpose."
+        )
+    finite(name, value)
+    if value.device.type != "meta":
+        zero = (value == 0).all(0)
+        if bool(zero.any()):
+            first = zero.nonzero().flatten().tolist()
+            raise ValueError(
+                f"{name} has {len(first)} zero atoms (columns {first[:5]}{'...' if len(first) > 5 else ''}): no code "
+                "could ever use them. Drop those columns or replace them, e.g. by data samples."
+            )
+    return value
+
+
+def signals(name: str, value: Any, like: Tensor, size: int, *, of: str) -> Tensor:
+    """Return `value` if it is a batch (..., size) of finite signals with the dtype and device of `like`."""
+    tensor(name, value, allow_complex=like.is_complex())
+    if value.dim() == 0 or value.shape[-1] != size:
+        raise ValueError(f"{name} must have shape (..., {size}) to fit {of}, got {tuple(value.shape)}.")
+    if value.dtype != like.dtype:
+        raise TypeError(f"{name} is {value.dtype} but {of} is {like.dtype}. Convert one, e.g. {name}.to({like.dtype}).")
+    if value.device != like.device:
+        raise ValueError(f"{name} is on {value.device} but {of} is on {like.device}. Move one with .to(...).")
+    return finite(name, value)
+
+
+def _advice(hint: str) -> str:
+    return f" {hint}" if hint else ""

@@ -1,0 +1,64 @@
+"""Losses for `fit`: modules called as `loss(net, batch)` that return a scalar."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from unrolled import _check
+from unrolled.solvers import lasso_objective
+
+
+class Lasso(nn.Module):
+    r"""$\frac1B \sum_i \tfrac12\|y_i - D x_i\|^2 + \alpha \|x_i\|_1$ with $x_i$ = net($y_i$): needs no known codes.
+
+    Args:
+        dictionary: $D$, (m, n), atoms as columns. It stays fixed: only the network learns.
+        alpha: weight of the l1 norm, positive; the network's own for a faster solver of the same problem.
+
+    Example:
+        >>> fit(net, batches, Lasso(dictionary, alpha=0.1), num_steps=300)   # doctest: +SKIP
+    """
+
+    dictionary: Tensor
+
+    def __init__(self, dictionary: Tensor, alpha: float) -> None:
+        super().__init__()
+        self.alpha = _check.real("alpha", alpha, above=0.0)
+        self.register_buffer("dictionary", _check.dictionary("dictionary", dictionary, allow_complex=True).detach())
+
+    def forward(self, net: nn.Module, y: Tensor) -> Tensor:
+        return lasso_objective(self.dictionary, y, net(y), self.alpha).mean()
+
+    def extra_repr(self) -> str:
+        return f"alpha={self.alpha:g}"
+
+
+class CodeError(nn.Module):
+    r"""$\frac1B \sum_i \|\hat x_i - x_i\|^2$ with $\hat x_i$ = net($y_i$): learns from known codes; batches are (y, x).
+
+    Args:
+        log: take the logarithm of the sum, whose gradient does not fade as the error does.
+
+    Example:
+        >>> fit(net, zip(signals, codes), CodeError(), num_steps=300)        # doctest: +SKIP
+    """
+
+    def __init__(self, *, log: bool = False) -> None:
+        super().__init__()
+        self.log = log
+
+    def forward(self, net: nn.Module, batch: tuple[Tensor, Tensor] | list[Any]) -> Tensor:
+        y, x = batch
+        found = net(y)
+        if found.shape != x.shape:
+            raise ValueError(
+                f"the batch's codes have shape {tuple(x.shape)}, the network returns {tuple(found.shape)}."
+            )
+        error = (found - x).abs().square().sum(-1)
+        return torch.log(error.sum()) if self.log else error.mean()
+
+    def extra_repr(self) -> str:
+        return f"log={self.log}"

@@ -1,0 +1,197 @@
+"""LISTA: the iterative soft-thresholding algorithm with learned matrices and thresholds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from unrolled import _check
+from unrolled._tree import State
+from unrolled.functional import soft_threshold
+from unrolled.gradient import Backprop, Gradient
+from unrolled.momentum import Momentum
+from unrolled.solvers import lipschitz
+from unrolled.step import Step
+from unrolled.stopping import Tolerance
+from unrolled.unroll import Unroll
+
+
+class _ISTAStep(Step):
+    """What both forms of LISTA share: the weight W, positive thresholds, one vector a signal."""
+
+    def __init__(
+        self,
+        dictionary: Tensor,  # (m, n), atoms as columns
+        *,
+        alpha: float,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        _check.dictionary("dictionary", dictionary, allow_complex=True)
+        self.alpha = _check.real("alpha", alpha, above=0.0, hint="It weighs the l1 norm.")
+        m, n = dictionary.shape
+        like = torch.empty(0, device=device or dictionary.device, dtype=dtype or dictionary.dtype)
+        self.weight = nn.Parameter(like.new_empty(n, m))
+        # theta = exp(log_theta): positive whatever the optimiser does, and a learning rate is relative to its size.
+        self.log_theta = nn.Parameter(like.new_empty(n, dtype=like.dtype.to_real()))
+
+    @property
+    def theta(self) -> Tensor:
+        """The thresholds, (n,), positive."""
+        return self.log_theta.exp()
+
+    @torch.no_grad()
+    def reset_parameters(self, dictionary: Tensor) -> None:
+        """Back to ISTA on this dictionary: W = D^H / L, theta = alpha / L."""
+        L = lipschitz(dictionary)
+        self.weight.copy_(dictionary.mH / L)
+        self.log_theta.copy_((self.alpha / L).log().expand(len(self.log_theta)))
+
+    def check(self, y: Tensor) -> None:
+        _check.signals("y", y, self.weight, self.weight.shape[1], of="the dictionary")
+
+    def extra_repr(self) -> str:
+        n, m = self.weight.shape
+        return f"signal={m}, atoms={n}, alpha={self.alpha:g}"
+
+
+class LISTAStep(_ISTAStep):
+    r"""$x_{k+1} = S_\theta(W y + S x_k)$, as published.
+
+    Starts as ISTA: $W = D^H/L$, $S = I - D^H D/L$, $\theta = \alpha/L$ with $L = \|D\|_2^2$. Costs $n^2$
+    multiplications a signal and iteration, and $m n$ for $W y$, once a call when tied and once a layer when not.
+
+    Args:
+        dictionary: $D$, (m, n), atoms as columns, real or complex.
+        alpha: weight of the l1 norm in the Lasso, positive.
+        device, dtype: of the parameters; those of the dictionary where not given.
+    """
+
+    def __init__(
+        self,
+        dictionary: Tensor,
+        *,
+        alpha: float,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(dictionary, alpha=alpha, device=device, dtype=dtype)
+        n = len(self.weight)
+        self.inhibition = nn.Parameter(self.weight.new_empty(n, n))
+        self.reset_parameters(dictionary)
+
+    @torch.no_grad()
+    def reset_parameters(self, dictionary: Tensor) -> None:
+        super().reset_parameters(dictionary)
+        D = dictionary.to(self.weight)
+        self.inhibition.copy_(torch.eye(len(self.weight)).to(D) - self.weight @ D)
+
+    def prepare(self, y: Tensor) -> Tensor:  # (..., m) -> (..., n)
+        return nn.functional.linear(y, self.weight)
+
+    def init(self, Wy: Tensor) -> Tensor:
+        return torch.zeros_like(Wy)
+
+    def forward(self, x: Tensor, Wy: Tensor) -> Tensor:
+        return soft_threshold(Wy + nn.functional.linear(x, self.inhibition), self.theta)
+
+
+class FactoredLISTAStep(_ISTAStep):
+    r"""$x_{k+1} = S_\theta(x_k + W (y - D x_k))$: LISTA through the residual, $S = I - W D$ in factors.
+
+    Starts as ISTA: $W = D^H/L$, $\theta = \alpha/L$. Costs $2 m n$ multiplications a signal and iteration, less than
+    the published form where $2 m < n$, and has $2 m n$ matrix parameters a layer in place of $n^2 + m n$. The
+    rank of $I - S$ can't exceed m, as in ISTA itself; the published form is free to leave that set.
+
+    Args:
+        dictionary: $D$, (m, n), atoms as columns, real or complex.
+        alpha: weight of the l1 norm in the Lasso, positive.
+        device, dtype: of the parameters; those of the dictionary where not given.
+    """
+
+    def __init__(
+        self,
+        dictionary: Tensor,
+        *,
+        alpha: float,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(dictionary, alpha=alpha, device=device, dtype=dtype)
+        self.dictionary = nn.Parameter(self.weight.new_empty(dictionary.shape))
+        self.reset_parameters(dictionary)
+
+    @torch.no_grad()
+    def reset_parameters(self, dictionary: Tensor) -> None:
+        super().reset_parameters(dictionary)
+        self.dictionary.copy_(dictionary)
+
+    def init(self, y: Tensor) -> Tensor:
+        return y.new_zeros(*y.shape[:-1], len(self.weight))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        residual = y - nn.functional.linear(x, self.dictionary)
+        return soft_threshold(x + nn.functional.linear(residual, self.weight), self.theta)
+
+
+class LISTA(Unroll):
+    r"""$x_{k+1} = S_{\theta_k}(W_k y + S_k x_k)$: ISTA unrolled into `num_iters` layers with learned parameters.
+
+    Maps signals to sparse codes, $y \mapsto \arg\min_x \tfrac12\|y - Dx\|^2 + \alpha\|x\|_1$ approximately. Untrained
+    it is ISTA with step $1/L$ (with `momentum=True`: FISTA), for a dictionary of any norm. Training, on the objective
+    itself (`unrolled.losses.Lasso`) or on known codes (`unrolled.losses.CodeError`), makes each layer worth many
+    iterations.
+
+    Args:
+        dictionary: $D$, (m, n), atoms as columns, real or complex. scikit-learn's `components_` are its transpose.
+        num_iters: number of layers K.
+        alpha: weight of the l1 norm, positive, in the units of y times those of the atoms.
+        tied: one layer's parameters for all (`True`), each its own (`False`), or the names of those shared.
+        momentum: extrapolate between layers by Nesterov's schedule plus a learned offset, see `unrolled.Momentum`.
+        factored: learn $W_k$ and $D_k$ with $S_k = I - W_k D_k$ (`FactoredLISTAStep`) in place of $W_k$ and $S_k$
+            (`LISTAStep`). Cheaper where $2 m < n$; the same before training.
+        gradient: how gradients flow through the layers, see `unrolled.gradient`.
+        stop: when a sample stops before the last layer, see `unrolled.Tolerance`.
+        device, dtype: of the parameters; those of the dictionary where not given.
+
+    Shape:
+        - y: (..., m), the dtype and device of the parameters
+        - output: (..., n)
+
+    Raises:
+        TypeError: `dictionary` or `y` is no floating point or complex tensor, or their dtypes differ.
+        ValueError: a wrong shape or device, NaN or infinity, a zero atom, `alpha <= 0`, `num_iters < 1`.
+
+    Example:
+        >>> dictionary = torch.nn.functional.normalize(torch.randn(64, 256), dim=0)
+        >>> net = LISTA(dictionary, 16, alpha=0.1, factored=True)
+        >>> net(torch.randn(8, 64)).shape
+        torch.Size([8, 256])
+
+    Reference:
+        K. Gregor and Y. LeCun, "Learning Fast Approximations of Sparse Coding", ICML 2010.
+    """
+
+    def __init__(
+        self,
+        dictionary: Tensor,
+        num_iters: int = 16,
+        *,
+        alpha: float,
+        tied: bool | Sequence[str] = False,
+        momentum: bool = False,
+        factored: bool = False,
+        gradient: Gradient = Backprop(),
+        stop: Tolerance | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        form = FactoredLISTAStep if factored else LISTAStep
+        step: Step = form(dictionary, alpha=alpha, device=device, dtype=dtype)
+        super().__init__(Momentum(step) if momentum else step, num_iters, tied=tied, gradient=gradient, stop=stop)
+
+    def forward(self, y: Tensor, *, state: State | None = None, num_iters: int | None = None) -> Tensor:
+        return super().forward(y, state=state, num_iters=num_iters)
