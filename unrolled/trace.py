@@ -124,6 +124,6 @@ class Trace:
             if self.keeps_states:
                 # A step may work in place: what is kept must not change under it.
                 self.states.append(map_state(torch.clone, state))
-            readout = self.net.steps[0].readout(state) if self.metrics else None
+            readout = self.net[0].readout(state) if self.metrics else None
             for name, metric in self.metrics.items():
-                self._values[name].append(torch.as_tensor(metric(readout)).detach())
+                self._values[name].append(torch.as_tensor(metric(readout)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar, overload
+from typing import Any, TypeVar, cast, overload
 
 from torch import Tensor, nn
 
@@ -71,6 +71,10 @@ class Unroll(nn.Module):
         self._tie()
         self.register_load_state_dict_post_hook(_tie_again)
 
+    @property
+    def _first(self) -> Step:
+        return cast(Step, self.steps[0])
+
     def forward(self, input: Any, *context: Any, state: State | None = None, num_iters: int | None = None) -> Any:
         """Run the iterations and return the readout of the last state.
 
@@ -80,14 +84,14 @@ class Unroll(nn.Module):
             state: start from this state (of the same structure as `step.init` gives) in place of the step's own.
             num_iters: run this many iterations in this call; an untied network has at most its own number.
         """
-        return self.steps[0].readout(self.run(input, *context, state=state, num_iters=num_iters))
+        return self._first.readout(self.run(input, *context, state=state, num_iters=num_iters))
 
     def run(self, input: Any, *context: Any, state: State | None = None, num_iters: int | None = None) -> State:
         """Like calling the network, but returns the whole last state: pass it on as `state=` to go on from there."""
         advance, state, num_iters = self._start(input, *context, state=state, num_iters=num_iters)
         if self.stop is None:
             return self.gradient(advance, state, num_iters)
-        return self.gradient(advance, self.stop.begin(self.steps[0], state), num_iters).state
+        return self.gradient(advance, self.stop.begin(self._first, state), num_iters).state
 
     def iterates(
         self, input: Any, *context: Any, state: State | None = None, num_iters: int | None = None
@@ -95,18 +99,18 @@ class Unroll(nn.Module):
         """The readout after every iteration, differentiable by plain backpropagation: for losses on every layer."""
         advance, state, num_iters = self._start(input, *context, state=state, num_iters=num_iters)
         if self.stop is not None:
-            state = self.stop.begin(self.steps[0], state)
+            state = self.stop.begin(self._first, state)
         readouts = []
         for k in range(num_iters):
             state = advance(state, k, k + 1)
-            readouts.append(self.steps[0].readout(state if self.stop is None else state.state))
+            readouts.append(self._first.readout(state if self.stop is None else state.state))
         return readouts
 
     def _start(
         self, input: Any, *context: Any, state: State | None, num_iters: int | None
     ) -> tuple[Advance, State, int]:
         """Check, prepare and start; returns the function that advances a state by some of the iterations."""
-        steps = list(self.steps)
+        steps = cast(list[Step], list(self.steps))
         num_iters = self.num_iters if num_iters is None else _check.integer("num_iters", num_iters)
         if self.tied is not True and num_iters > len(steps):
             raise ValueError(
@@ -169,7 +173,7 @@ class Unroll(nn.Module):
     def _tie(self) -> None:
         """Make every copy of the step hold the first one's tensors under the tied names."""
         for name in self.tied if isinstance(self.tied, tuple) else ():
-            for prefix, owner, key in _tensors(self.steps[0], name):
+            for prefix, owner, key in _tensors(self._first, name):
                 for step in self.steps[1:]:
                     twin = step.get_submodule(prefix)
                     store = twin._parameters if key in owner._parameters else twin._buffers
@@ -184,7 +188,7 @@ class Unroll(nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):  # type: ignore[no-untyped-def]
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
         for name in self.tied if isinstance(self.tied, tuple) else ():
-            for path, _, key in _tensors(self.steps[0], name):
+            for path, _, key in _tensors(self._first, name):
                 full = f"{path}.{key}" if path else key
                 values = [state_dict.get(f"{prefix}steps.{k}.{full}") for k in range(len(self.steps))]
                 present = [value for value in values if value is not None and value.device.type != "meta"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,11 @@ from unrolled.solvers import lipschitz
 from unrolled.step import Step
 from unrolled.stopping import Tolerance
 from unrolled.unroll import Unroll
+
+
+class _Prepared(NamedTuple):
+    drive: Tensor  # W y, (..., n), in the published form; y itself, (..., m), in the factored one
+    theta: Tensor  # (n,)
 
 
 class _ISTAStep(Step):
@@ -89,14 +95,14 @@ class LISTAStep(_ISTAStep):
         D = dictionary.to(self.weight)
         self.inhibition.copy_(torch.eye(len(self.weight)).to(D) - self.weight @ D)
 
-    def prepare(self, y: Tensor) -> Tensor:  # (..., m) -> (..., n)
-        return nn.functional.linear(y, self.weight)
+    def prepare(self, y: Tensor) -> _Prepared:
+        return _Prepared(nn.functional.linear(y, self.weight), self.theta)
 
-    def init(self, Wy: Tensor) -> Tensor:
-        return torch.zeros_like(Wy)
+    def init(self, context: _Prepared) -> Tensor:
+        return torch.zeros_like(context.drive)
 
-    def forward(self, x: Tensor, Wy: Tensor) -> Tensor:
-        return soft_threshold(Wy + nn.functional.linear(x, self.inhibition), self.theta)
+    def forward(self, x: Tensor, context: _Prepared) -> Tensor:
+        return soft_threshold(_affine(x, self.inhibition, context.drive), context.theta)
 
 
 class FactoredLISTAStep(_ISTAStep):
@@ -129,12 +135,24 @@ class FactoredLISTAStep(_ISTAStep):
         super().reset_parameters(dictionary)
         self.dictionary.copy_(dictionary)
 
-    def init(self, y: Tensor) -> Tensor:
+    def prepare(self, y: Tensor) -> _Prepared:
+        return _Prepared(y, self.theta)
+
+    def init(self, context: _Prepared) -> Tensor:
+        y = context.drive
         return y.new_zeros(*y.shape[:-1], len(self.weight))
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        residual = y - nn.functional.linear(x, self.dictionary)
-        return soft_threshold(x + nn.functional.linear(residual, self.weight), self.theta)
+    def forward(self, x: Tensor, context: _Prepared) -> Tensor:
+        y, theta = context
+        residual = _affine(x, self.dictionary, y, -1)
+        return soft_threshold(_affine(residual, self.weight, x), theta)
+
+
+def _affine(x: Tensor, matrix: Tensor, offset: Tensor, sign: int = 1) -> Tensor:
+    """offset + sign * matrix x for each sample, without a pass over memory of its own for the sum."""
+    if x.dim() == 2:
+        return torch.addmm(offset, x, matrix.mT, alpha=sign)
+    return torch.add(offset, nn.functional.linear(x, matrix), alpha=sign)
 
 
 class LISTA(Unroll):
@@ -193,5 +211,7 @@ class LISTA(Unroll):
         step: Step = form(dictionary, alpha=alpha, device=device, dtype=dtype)
         super().__init__(Momentum(step) if momentum else step, num_iters, tied=tied, gradient=gradient, stop=stop)
 
-    def forward(self, y: Tensor, *, state: State | None = None, num_iters: int | None = None) -> Tensor:
+    def forward(  # type: ignore[override]  # each system says what it takes
+        self, y: Tensor, *, state: State | None = None, num_iters: int | None = None
+    ) -> Tensor:
         return super().forward(y, state=state, num_iters=num_iters)

@@ -1,0 +1,354 @@
+"""The classical solvers, as plain functions: what the networks are before training, and the oracles of the tests.
+
+All of them are batched over the leading dimensions of y, differentiable by autograd, and answer for every sample
+independently of its batch mates. `dictionary` is a matrix (m, n) with atoms as columns or a `LinearOperator`, real or
+complex.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from unrolled import _check
+from unrolled._tree import State, describe, leaves, map_state
+from unrolled.functional import hard_threshold, soft_threshold, top_k_threshold
+from unrolled.operators import Dense, LinearOperator, as_operator
+
+
+def lipschitz(dictionary: Tensor | LinearOperator) -> Tensor:
+    r"""$L = \|D\|_2^2$, the Lipschitz constant of the gradient of $\tfrac12\|y - Dx\|^2$, a differentiable scalar.
+
+    Exact for a matrix; for an operator, the square of its `norm()`.
+
+    Example:
+        >>> lipschitz(torch.diag(torch.tensor([1.0, 3.0])))
+        tensor(9.)
+    """
+    return as_operator(dictionary).norm().square()
+
+
+def lasso_objective(
+    dictionary: Tensor | LinearOperator,  # (m, n), atoms as columns
+    y: Tensor,  # (..., m)
+    x: Tensor,  # (..., n)
+    alpha: float | Tensor,
+) -> Tensor:  # (...)
+    r"""$F(x) = \tfrac12\|y - Dx\|_2^2 + \alpha\|x\|_1$ of every sample.
+
+    scikit-learn's `Lasso(alpha=alpha / m)` minimises the same function, divided by m.
+
+    Args:
+        dictionary: $D$, a matrix (m, n) with atoms as columns or a `LinearOperator`.
+        y: signals.
+        x: codes.
+        alpha: weight of the l1 norm, at least 0; a tensor is broadcast to the shape of x.
+
+    Shape:
+        - y: (..., m), or (..., *out_shape) for an operator
+        - x: (..., n), or (..., *in_shape)
+        - output: (...)
+
+    Example:
+        >>> lasso_objective(torch.eye(2), torch.tensor([3.0, 0.0]), torch.tensor([1.0, -1.0]), alpha=0.5)
+        tensor(3.5000)
+    """
+    A = as_operator(dictionary)
+    _check.finite("y", A.check("y", y, A.out_shape))
+    _code("x", x, A, y)
+    misfit = (y - A(x)).abs().square().flatten(-len(A.out_shape)).sum(-1) / 2
+    return misfit + (_weight(alpha, x) * x.abs()).sum(_event(A))
+
+
+def ista(
+    dictionary: Tensor | LinearOperator,  # (m, n), atoms as columns
+    y: Tensor,  # (..., m)
+    alpha: float | Tensor,
+    *,
+    num_iters: int = 100,
+    step_size: float | Tensor | None = None,
+    x0: Tensor | None = None,
+    tol: float | None = None,
+) -> Tensor:  # (..., n)
+    r"""$x_{k+1} = S_{\alpha s}\bigl(x_k + s D^H (y - D x_k)\bigr)$, iterative soft thresholding.
+
+    Minimises the Lasso, `lasso_objective`, which never increases from one iteration to the next while
+    $s \le 1/\|D\|_2^2$. A matrix with $n < 2 m$ is used by way of $D^H D$, once computed, any other by way of the
+    residual; the answers agree to rounding.
+
+    Args:
+        dictionary: $D$, a matrix (m, n) with atoms as columns or a `LinearOperator`.
+        y: signals, with the dtype and device of the dictionary.
+        alpha: weight of the l1 norm, at least 0; a tensor is broadcast to the shape of x.
+        num_iters: number of iterations, at least 1.
+        step_size: $s$, a positive number; $1/\|D\|_2^2$ where not given. From $2/\|D\|_2^2$ on it diverges.
+        x0: where to start; 0 where not given.
+        tol: relative tolerance: a sample stops once $\|x_{k+1} - x_k\| \le \mathrm{tol}\,\|x_{k+1}\|$. `None` runs all
+            iterations.
+
+    Shape:
+        - y: (..., m), or (..., *out_shape) for an operator
+        - x0, output: (..., n), or (..., *in_shape)
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: a shape or device that does not fit, NaN or infinity, a number out of its range.
+
+    Example:
+        >>> ista(torch.eye(3), torch.tensor([3.0, -2.0, 0.5]), alpha=1.0)
+        tensor([ 2., -1.,  0.])
+
+    Reference:
+        I. Daubechies, M. Defrise and C. De Mol, "An iterative thresholding algorithm for linear inverse problems with
+        a sparsity constraint", Communications on Pure and Applied Mathematics 57(11), 2004.
+    """
+    A, s, x = _start(dictionary, y, step_size, x0)
+    theta = _weight(alpha, x) * s
+    gradient_step = _gradient_step(A, y, s)
+
+    def update(x: Tensor) -> Tensor:
+        return soft_threshold(gradient_step(x), theta)
+
+    return _iterate(update, x, num_iters, tol, _event(A))
+
+
+class _FISTAState(NamedTuple):
+    x: Tensor  # (..., n)
+    z: Tensor  # (..., n), the extrapolated point
+    t: Tensor  # (..., 1), Nesterov's counter
+
+
+def fista(
+    dictionary: Tensor | LinearOperator,  # (m, n), atoms as columns
+    y: Tensor,  # (..., m)
+    alpha: float | Tensor,
+    *,
+    num_iters: int = 100,
+    step_size: float | Tensor | None = None,
+    x0: Tensor | None = None,
+    restart: bool = False,
+    tol: float | None = None,
+) -> Tensor:  # (..., n)
+    r"""$x_k = S_{\alpha s}\bigl(z_k + s D^H (y - D z_k)\bigr),\quad
+    t_{k+1} = \tfrac12\bigl(1 + \sqrt{1 + 4 t_k^2}\bigr),\quad
+    z_{k+1} = x_k + \tfrac{t_k - 1}{t_{k+1}} (x_k - x_{k-1})$.
+
+    ISTA with Nesterov's extrapolation: its error falls like $1/k^2$ instead of $1/k$, not monotonically.
+
+    Args:
+        dictionary, y, alpha, num_iters, x0, tol: as for `ista`.
+        step_size: $s$, a positive number, at most $1/\|D\|_2^2$, which is the default.
+        restart: forget the momentum of a sample whenever it points uphill, $\langle z_k - x_k, x_k - x_{k-1}\rangle >
+            0$; far faster near the solution.
+
+    Shape, Raises: as for `ista`.
+
+    Example:
+        >>> fista(torch.eye(3), torch.tensor([3.0, -2.0, 0.5]), alpha=1.0, restart=True)
+        tensor([ 2., -1.,  0.])
+
+    Reference:
+        A. Beck and M. Teboulle, "A Fast Iterative Shrinkage-Thresholding Algorithm for Linear Inverse Problems",
+        SIAM J. Imaging Sciences 2(1), 2009, equations (4.1) to (4.3). The restart is the gradient scheme of
+        B. O'Donoghue and E. Candès, "Adaptive Restart for Accelerated Gradient Schemes", Foundations of Computational
+        Mathematics 15, 2015.
+    """
+    if not isinstance(restart, bool):
+        raise TypeError(f"restart must be True or False, got {restart!r}.")
+    A, s, x = _start(dictionary, y, step_size, x0)
+    theta = _weight(alpha, x) * s
+    gradient_step = _gradient_step(A, y, s)
+    event = _event(A)
+
+    def update(state: _FISTAState) -> _FISTAState:
+        previous, z, t = state
+        x = soft_threshold(gradient_step(z), theta)
+        t_next = (1 + torch.sqrt(1 + 4 * t.square())) / 2
+        momentum = (t - 1) / t_next
+        if restart:
+            uphill = ((z - x).conj() * (x - previous)).real.sum(event, keepdim=True) > 0
+            momentum = torch.where(uphill, 0.0, momentum)
+            t_next = torch.where(uphill, 1.0, t_next)
+        return _FISTAState(x, x + momentum * (x - previous), t_next)
+
+    t = torch.ones_like(x.real.sum(event, keepdim=True))
+    return _iterate(update, _FISTAState(x, x, t), num_iters, tol, event)
+
+
+def iht(
+    dictionary: Tensor | LinearOperator,  # (m, n), atoms as columns
+    y: Tensor,  # (..., m)
+    sparsity: int,
+    *,
+    num_iters: int = 100,
+    step_size: float | Tensor | None = None,
+    x0: Tensor | None = None,
+    tol: float | None = None,
+) -> Tensor:  # (..., n)
+    r"""$x_{k+1} = H_M\bigl(x_k + s D^H (y - D x_k)\bigr)$, $H_M$ keeping the $M$ entries of largest modulus.
+
+    Iterative hard thresholding: seeks $\min_x \|y - Dx\|^2$ over codes with at most $M$ nonzeros. It finds a local
+    minimum, which depends on `x0`.
+
+    Args:
+        dictionary, y, num_iters, x0, tol: as for `ista`.
+        sparsity: $M$, from 1 to n: the entries that a sample may have.
+        step_size: $s$, a positive number, at most $1/\|D\|_2^2$, which is the default.
+
+    Shape, Raises: as for `ista`.
+
+    Example:
+        >>> iht(torch.eye(3), torch.tensor([3.0, -2.0, 0.5]), sparsity=2)
+        tensor([ 3., -2.,  0.])
+
+    Reference:
+        T. Blumensath and M. Davies, "Iterative Hard Thresholding for Compressed Sensing", Applied and Computational
+        Harmonic Analysis 27(3), 2009.
+    """
+    A, s, x = _start(dictionary, y, step_size, x0)
+    event = _event(A)
+    size = torch.Size(A.in_shape).numel()
+    if _check.integer("sparsity", sparsity) > size:
+        raise ValueError(f"sparsity must be at most {size}, the number of entries of a code, got {sparsity}.")
+    gradient_step = _gradient_step(A, y, s)
+
+    def update(x: Tensor) -> Tensor:
+        return top_k_threshold(gradient_step(x).flatten(event[0]), sparsity).unflatten(-1, A.in_shape)
+
+    return _iterate(update, x, num_iters, tol, event)
+
+
+def iht_penalized(
+    dictionary: Tensor | LinearOperator,  # (m, n), atoms as columns
+    y: Tensor,  # (..., m)
+    alpha: float | Tensor,
+    *,
+    num_iters: int = 100,
+    step_size: float | Tensor | None = None,
+    x0: Tensor | None = None,
+    tol: float | None = None,
+) -> Tensor:  # (..., n)
+    r"""$x_{k+1} = H_{\sqrt{2 \alpha s}}\bigl(x_k + s D^H (y - D x_k)\bigr)$, $H_\theta$ keeping what exceeds $\theta$.
+
+    Seeks $\min_x \tfrac12\|y - Dx\|^2 + \alpha\|x\|_0$. It finds a local minimum, which depends on `x0`.
+
+    Args:
+        dictionary, y, num_iters, x0, tol: as for `ista`.
+        alpha: the price of one nonzero, at least 0, in the units of $\|y\|^2$; a tensor is broadcast to the shape of x.
+        step_size: $s$, a positive number, at most $1/\|D\|_2^2$, which is the default.
+
+    Shape, Raises: as for `ista`.
+
+    Example:
+        >>> iht_penalized(torch.eye(3), torch.tensor([3.0, -2.0, 0.5]), alpha=0.5)
+        tensor([ 3., -2.,  0.])
+
+    Reference:
+        T. Blumensath and M. Davies, "Iterative Thresholding for Sparse Approximations", Journal of Fourier Analysis
+        and Applications 14, 2008.
+    """
+    A, s, x = _start(dictionary, y, step_size, x0)
+    theta = (2 * _weight(alpha, x) * s) ** 0.5
+    gradient_step = _gradient_step(A, y, s)
+
+    def update(x: Tensor) -> Tensor:
+        return hard_threshold(gradient_step(x), theta)
+
+    return _iterate(update, x, num_iters, tol, _event(A))
+
+
+def _gradient_step(A: LinearOperator, y: Tensor, s: float | Tensor) -> Callable[[Tensor], Tensor]:
+    """The map x -> x + s D^H (y - D x), in the cheaper of its two forms."""
+    if isinstance(A, Dense) and 2 * A.out_shape[0] > A.in_shape[0]:  # n n < 2 m n multiplications a sample
+        D = A.matrix
+        S = torch.eye(D.shape[1], dtype=D.dtype, device=D.device) - s * (D.mH @ D)
+        b = s * A.adjoint(y)
+        return lambda x: b + linear(x, S)
+    return lambda x: x + s * A.adjoint(y - A(x))
+
+
+def _iterate(
+    update: Callable[[State], State], state: State, num_iters: int, tol: float | None, event: tuple[int, ...]
+) -> Tensor:
+    """Apply `update` again and again; return the state's first tensor. A sample that has settled stays as it is."""
+    num_iters = _check.integer("num_iters", num_iters)
+    tol = None if tol is None else _check.real("tol", tol, above=0.0)
+    previous = next(leaves(state)).detach()
+    settled = torch.zeros((), dtype=torch.bool, device=previous.device)
+    for _ in range(num_iters):
+        new = update(state)
+        if tol is not None:
+            new = map_state(lambda after, before, done=settled: torch.where(done, before, after), new, state)
+            x = next(leaves(new)).detach()
+            change, size = (torch.linalg.vector_norm(v, dim=event, keepdim=True) for v in (x - previous, x))
+            # A diverging sample must not count as settled because inf <= inf.
+            previous, settled = x, (change <= tol * size) & size.isfinite()
+            if _check.can_look_at(settled) and bool(settled.all()):
+                return next(leaves(new))
+        state = new
+    return next(leaves(state))
+
+
+def _start(
+    dictionary: Tensor | LinearOperator, y: Tensor, step_size: float | Tensor | None, x0: Tensor | None
+) -> tuple[LinearOperator, float | Tensor, Tensor]:
+    """Check what all solvers take; return the operator, the step size s and the first x."""
+    A = as_operator(dictionary)
+    _check.finite("y", A.check("y", y, A.out_shape))
+    if x0 is None:
+        x0 = y.new_zeros(*_batch(y, A.out_shape), *A.in_shape)
+    else:
+        _check.finite("x0", _code("x0", x0, A, y))
+    if step_size is not None:
+        return A, _number("step_size", step_size, x0, shape=(), positive=True), x0
+    L = A.norm().square().to(y.real.dtype)
+    if _check.can_look_at(L) and not bool(L > 0):
+        raise ValueError("dictionary is zero everywhere, so that its norm gives no step size. Check how it was made.")
+    return A, 1 / L, x0
+
+
+def _code(name: str, x: Tensor, A: LinearOperator, y: Tensor) -> Tensor:
+    """Return x if it is a batch of codes that fits the batch of signals y."""
+    A.check(name, x, A.in_shape)
+    same_dtype = x.dtype == y.dtype or torch.is_autocast_enabled(x.device.type)
+    if _batch(x, A.in_shape) != _batch(y, A.out_shape) or not same_dtype or x.device != y.device:
+        raise ValueError(
+            f"{name} must be like y, {describe(y)}, in batch dimensions, dtype and device, got {describe(x)}."
+        )
+    return x
+
+
+def _number(
+    name: str, value: float | Tensor, like: Tensor, *, shape: tuple[int, ...], positive: bool = False
+) -> float | Tensor:
+    """Return `value` if it is a number, or a tensor that broadcasts to `shape`, of at least 0 (or more than 0)."""
+    if not isinstance(value, Tensor):
+        return _check.real(name, value, above=0.0) if positive else _check.real(name, value, minimum=0.0)
+    _check.finite(name, _check.tensor(name, value))
+    if value.dtype != like.real.dtype or value.device != like.device:
+        raise TypeError(f"{name} must be {like.real.dtype} on {like.device} like y, got {describe(value)}.")
+    fits = len(value.shape) <= len(shape) and all(
+        a in (1, b) for a, b in zip(reversed(value.shape), reversed(shape), strict=False)
+    )
+    if not fits:
+        raise ValueError(f"{name} must be a number or a tensor that broadcasts to {shape}, got {describe(value)}.")
+    if _check.can_look_at(value) and bool((value <= 0 if positive else value < 0).any()):
+        raise ValueError(f"{name} must be {'positive' if positive else 'at least 0'}, got {value.min().item():g}.")
+    return value
+
+
+def _weight(alpha: float | Tensor, x: Tensor) -> float | Tensor:
+    return _number("alpha", alpha, x, shape=tuple(x.shape))
+
+
+def _batch(value: Tensor, event_shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(value.shape[: value.dim() - len(event_shape)])
+
+
+def _event(A: LinearOperator) -> tuple[int, ...]:
+    """The dimensions of one code: (-1,) for a matrix."""
+    return tuple(range(-len(A.in_shape), 0))
