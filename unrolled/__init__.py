@@ -6,8 +6,7 @@ from . import losses as losses
 from . import operators as operators
 from . import solvers as solvers
 from . import sparse as sparse
-
-# from . import training as training
+from . import training as training
 from .gradient import Backprop as Backprop
 from .gradient import Checkpointed as Checkpointed
 from .gradient import Truncated as Truncated
@@ -16,10 +15,10 @@ from .sparse import LISTA as LISTA
 from .step import Step as Step
 from .stopping import Tolerance as Tolerance
 from .trace import Trace as Trace
-
-# from .training import fit as fit
-# from .training import fit_stagewise as fit_stagewise
-# from .training import freeze as freeze
+from .training import fit as fit
+from .training import fit_stagewise as fit_stagewise
+from .training import freeze as freeze
+from .training import unfreeze as unfreeze
 from .unroll import Unroll as Unroll
 
 __version__ = "0.1.0"
