@@ -10,7 +10,7 @@ import torch
 
 from unrolled.problems import SparseRecovery
 
-SMALL = dict(m=20, n=40, dtype=torch.float64)
+SMALL = {"m": 20, "n": 40, "dtype": torch.float64}
 
 
 def test_codes_are_bernoulli_gaussian() -> None:
@@ -118,23 +118,23 @@ def test_repr_says_what_it_is() -> None:
 @pytest.mark.parametrize(
     ("options", "error", "match"),
     [
-        (dict(sparsity=0), ValueError, "sparsity must be greater than 0"),
-        (dict(sparsity=1.5), ValueError, "sparsity must be at most 1"),
-        (dict(sparsity="0.1"), TypeError, "sparsity must be a real number"),
-        (dict(snr=math.nan), ValueError, "snr must be finite"),
-        (dict(snr=-math.inf), ValueError, "snr must be finite"),
-        (dict(snr="inf"), TypeError, "snr must be a real number"),
-        (dict(condition_number=0.5), ValueError, "condition_number must be at least 1"),
-        (dict(condition_number=math.inf), ValueError, "condition_number must be finite"),
-        (dict(m=0), ValueError, "m must be at least 1"),
-        (dict(n=2.0), TypeError, "n must be an int"),
-        (dict(seed=-1), ValueError, "seed must be at least 0"),
-        (dict(dictionary=torch.eye(3), m=4), ValueError, r"m is 4, but the dictionary has shape \(3, 3\)"),
-        (dict(dictionary=torch.eye(3), n=4), ValueError, "n is 4, but the dictionary"),
-        (dict(dictionary=torch.eye(3), condition_number=3.0), ValueError, "condition_number and dictionary"),
-        (dict(dictionary=torch.zeros(3, 3)), ValueError, "dictionary has 3 zero atoms"),
-        (dict(dictionary=torch.ones(3)), ValueError, "dictionary must be a matrix"),
-        (dict(dictionary=[[1.0]]), TypeError, "dictionary must be a torch.Tensor"),
+        ({"sparsity": 0}, ValueError, "sparsity must be greater than 0"),
+        ({"sparsity": 1.5}, ValueError, "sparsity must be at most 1"),
+        ({"sparsity": "0.1"}, TypeError, "sparsity must be a real number"),
+        ({"snr": math.nan}, ValueError, "snr must be finite"),
+        ({"snr": -math.inf}, ValueError, "snr must be finite"),
+        ({"snr": "inf"}, TypeError, "snr must be a real number"),
+        ({"condition_number": 0.5}, ValueError, "condition_number must be at least 1"),
+        ({"condition_number": math.inf}, ValueError, "condition_number must be finite"),
+        ({"m": 0}, ValueError, "m must be at least 1"),
+        ({"n": 2.0}, TypeError, "n must be an int"),
+        ({"seed": -1}, ValueError, "seed must be at least 0"),
+        ({"dictionary": torch.eye(3), "m": 4}, ValueError, r"m is 4, but the dictionary has shape \(3, 3\)"),
+        ({"dictionary": torch.eye(3), "n": 4}, ValueError, "n is 4, but the dictionary"),
+        ({"dictionary": torch.eye(3), "condition_number": 3.0}, ValueError, "condition_number and dictionary"),
+        ({"dictionary": torch.zeros(3, 3)}, ValueError, "dictionary has 3 zero atoms"),
+        ({"dictionary": torch.ones(3)}, ValueError, "dictionary must be a matrix"),
+        ({"dictionary": [[1.0]]}, TypeError, "dictionary must be a torch.Tensor"),
     ],
 )
 def test_bad_arguments_are_refused(options: dict, error: type[Exception], match: str) -> None:

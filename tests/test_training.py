@@ -1,4 +1,4 @@
-"""Training: `fit` is the plain loop, resumes bit for bit, refuses what would spoil a run; stages train what they say."""
+"""Training: `fit` is the plain loop, resumes bit for bit, refuses what would spoil a run; stages train their layers."""
 
 from __future__ import annotations
 
