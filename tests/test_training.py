@@ -143,7 +143,7 @@ def test_the_scheduler_steps_with_the_loop() -> None:
     optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2, gamma=0.5)
     rates: list[float] = []
-    record = lambda step, loss, net: rates.append(optimizer.param_groups[0]["lr"])  # noqa: E731
+    record = lambda step, loss, net: rates.append(optimizer.param_groups[0]["lr"])
     fit(net, BATCHES, LASSO, num_steps=5, optimizer=optimizer, scheduler=scheduler, callbacks=[record])
     assert rates == [1.0, 0.5, 0.5, 0.25, 0.25]
 

@@ -89,7 +89,7 @@ def fit(
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: int = 100,
 ) -> History:
-    r"""$\theta \leftarrow \theta - \mathrm{optimizer}(\nabla_\theta\,\mathrm{loss}(\mathrm{net}, b))$ for batch after batch $b$.
+    r"""$\theta \leftarrow \theta - \mathrm{optimizer}(\nabla_\theta\,\mathrm{loss}(\mathrm{net}, b))$ for every batch.
 
     Under `torchrun` (an initialised process group) the gradients are averaged over the processes, each of which brings
     its own batches; the first one shows the bar and writes the checkpoint.
