@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+import unrolled
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -52,7 +54,8 @@ def save(name: str, result: Mapping[str, Any]) -> None:
     """Write benchmarks/results/NAME.json with the versions and the machine."""
     RESULTS.mkdir(exist_ok=True)
     context = {
-        "versions": {package: metadata.version(package) for package in ("unrolled", "torch", "numpy", "scikit-learn")},
+        "versions": {"unrolled": unrolled.__version__}
+        | {package: metadata.version(package) for package in ("torch", "numpy", "scikit-learn")},
         "python": platform.python_version(),
         "machine": _processor(),
         "threads": torch.get_num_threads(),

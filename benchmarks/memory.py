@@ -1,4 +1,4 @@
-"""Claim: `Checkpointed(4)` keeps at most an eighth of the bytes that `Backprop` keeps at 32 layers, for equal gradients.
+"""Claim: `Checkpointed(4)` keeps at most an eighth of the bytes of `Backprop` at 32 layers, for equal gradients.
 
 Factored LISTA on 64x256, batch 64, float32. "Kept" are the bytes that autograd holds when the forward pass is done,
 each storage counted once, parameters left out. "Window" are the bytes of the layers that the backward pass then

@@ -2,14 +2,13 @@
 
 LISTA, 16 layers, one thread; CPU seconds of interleaved calls, median of the pairwise ratios. Both forms are timed at
 250x500 and at 64x256 (8x8 patches) without gradient, at three batch sizes; the loop by hand also forward + backward.
-"deepinv" rows appear where deepinv can be imported; it is best installed in an environment apart.
-
     python benchmarks/overhead.py
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from _common import interleaved, ratio, save, spread, table
@@ -92,11 +91,11 @@ def main() -> None:
                 with torch.no_grad():
                     seconds = interleaved(
                         {
-                            "published": lambda net=published: net(y),
-                            "by hand": lambda net=published: by_hand(net, y),
-                            "its products": lambda net=published: bare_products(net, False, y),
-                            "factored": lambda net=factored: net(y),
-                            "the factored products": lambda net=factored: bare_products(net, True, y),
+                            "published": partial(published, y),
+                            "by hand": partial(by_hand, published, y),
+                            "its products": partial(bare_products, published, False, y),
+                            "factored": partial(factored, y),
+                            "the factored products": partial(bare_products, factored, True, y),
                         },
                         repeats,
                     )
@@ -107,8 +106,8 @@ def main() -> None:
                 if batch == 64:
                     seconds = interleaved(
                         {
-                            "published": backward(lambda net=published: net(y), published),
-                            "by hand": backward(lambda net=published: by_hand(net, y), published),
+                            "published": backward(partial(published, y), published),
+                            "by hand": backward(partial(by_hand, published, y), published),
                         },
                         repeats,
                     )

@@ -312,6 +312,8 @@ def _threshold(name: str, value: float | Tensor, x: Tensor) -> float | Tensor:
     """A checked float, or a tensor in the real dtype of `x`."""
     if not isinstance(value, Tensor):
         return _check.real(name, value, minimum=0.0)
+    if value.dtype == x.dtype and not value.is_complex():
+        return value
     if value.is_complex():
         raise TypeError(f"{name} must be real, got {value.dtype}. Take its modulus, {name}.abs().")
     return value.to(x.real.dtype)

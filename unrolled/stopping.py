@@ -59,8 +59,9 @@ class Tolerance(nn.Module):
         """Take the proposed state for the active samples; deactivate those that have settled."""
         before, after = step.readout(running.state), step.readout(proposal)
         change = _norm(map_state(torch.sub, after, before), step.event_dim)
-        # Written so that NaN never counts as settled.
-        settled = change <= self.atol + self.rtol * _norm(after, step.event_dim)
+        size = _norm(after, step.event_dim)
+        # What has diverged has not settled: NaN compares as False, infinity needs the second condition.
+        settled = (change <= self.atol + self.rtol * size) & size.isfinite()
 
         def take(new: Tensor, old: Tensor) -> Tensor:
             if new.dim() == 0 and running.active.dim() > 0:
