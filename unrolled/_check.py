@@ -67,6 +67,11 @@ def can_look_at(value: Tensor) -> bool:
     return value.device.type == "cpu" and not is_traced(value)
 
 
+def autocast(device: torch.device) -> bool:
+    """Whether operations on this device choose their dtype themselves at present."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
 def is_traced(value: Tensor) -> bool:
     """Whether the call is being compiled or exported, or the tensor stands for many under `torch.vmap` and its kin."""
     return torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(value)
@@ -90,6 +95,17 @@ def dictionary(name: str, value: Any, *, allow_complex: bool = False) -> Tensor:
                 "could ever use them. Drop those columns or replace them, e.g. by data samples."
             )
     return value
+
+
+def converted(
+    name: str, value: Tensor, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+) -> Tensor:
+    """`value` without its graph, moved and cast as asked for, where that loses nothing but digits."""
+    if dtype is not None and not (dtype.is_floating_point or dtype.is_complex):
+        raise TypeError(f"dtype must be a floating point or complex dtype, got {dtype}.")
+    if dtype is not None and value.is_complex() and not dtype.is_complex:
+        raise TypeError(f"dtype must be complex for a complex {name}, got {dtype}: its imaginary part would be lost.")
+    return value.detach().to(device=device, dtype=dtype)
 
 
 def signals(name: str, value: Any, like: Tensor, size: int, *, of: str) -> Tensor:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
 from torch import Tensor
+
+from unrolled import _check
 
 State = Any  # Tensor | NamedTuple of States: Python's types cannot say "some NamedTuple"
 
@@ -52,7 +53,7 @@ def same_structure(state: State, other: State) -> bool:
         return (
             isinstance(other, Tensor)
             and state.shape == other.shape
-            and (state.dtype == other.dtype or torch.is_autocast_enabled(state.device.type))
+            and (state.dtype == other.dtype or _check.autocast(state.device))
             and state.device == other.device
         )
     if is_namedtuple(state):

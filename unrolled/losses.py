@@ -27,7 +27,9 @@ class Lasso(nn.Module):
     def __init__(self, dictionary: Tensor, alpha: float) -> None:
         super().__init__()
         self.alpha = _check.real("alpha", alpha, above=0.0)
-        self.register_buffer("dictionary", _check.dictionary("dictionary", dictionary, allow_complex=True).detach())
+        self.register_buffer(
+            "dictionary", _check.dictionary("dictionary", dictionary, allow_complex=True).detach().clone()
+        )
 
     def forward(self, net: nn.Module, y: Tensor) -> Tensor:
         return lasso_objective(self.dictionary, y, net(y), self.alpha).mean()
@@ -51,6 +53,9 @@ class CodeError(nn.Module):
         self.log = log
 
     def forward(self, net: nn.Module, batch: tuple[Tensor, Tensor] | list[Any]) -> Tensor:
+        if not isinstance(batch, tuple | list) or len(batch) != 2:
+            what = f"{len(batch)} parts" if isinstance(batch, tuple | list) else type(batch).__name__
+            raise TypeError(f"batch must be a pair (y, x) of signals and codes, got {what}.")
         y, x = batch
         found = net(y)
         if found.shape != x.shape:

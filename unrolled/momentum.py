@@ -43,9 +43,8 @@ class Momentum(Step):
             raise TypeError(f"step must be an unrolled.Step instance, got {step!r}.")
         self.step = step
         self.event_dim = step.event_dim
-        like = next(step.parameters())
-        real = like.dtype.to_real()
-        self.offset = nn.Parameter(torch.empty((), dtype=real, device=like.device))
+        like = next(step.parameters(), torch.empty(0))
+        self.offset = nn.Parameter(torch.empty((), dtype=like.dtype.to_real(), device=like.device))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

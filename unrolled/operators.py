@@ -62,7 +62,7 @@ class LinearOperator(nn.Module, abc.ABC):
             expected = ", ".join(map(str, ("...", *shape)))
             raise ValueError(f"{name} must have shape ({expected}) to fit {self._title()}, got {tuple(value.shape)}.")
         like = self._numbers()
-        if like is not None and value.dtype != like.dtype and not torch.is_autocast_enabled(value.device.type):
+        if like is not None and value.dtype != like.dtype and not _check.autocast(value.device):
             raise TypeError(
                 f"{name} is {value.dtype} but {self._title()} is {like.dtype}. Convert one with .to(dtype)."
             )
@@ -119,7 +119,9 @@ class Dense(LinearOperator):
 
     def norm(self) -> Tensor:
         """The largest singular value, from the singular value decomposition."""
-        return torch.linalg.matrix_norm(self.matrix, 2)
+        # There is no decomposition in half precision.
+        matrix = self.matrix.to(torch.promote_types(self.matrix.dtype, torch.float32))
+        return torch.linalg.matrix_norm(matrix, 2).to(self.matrix.real.dtype)
 
 
 class Boundary(enum.Enum):
@@ -340,6 +342,9 @@ class Composition(LinearOperator):
 
 def as_operator(dictionary: Tensor | LinearOperator) -> LinearOperator:
     """A matrix (m, n), wrapped in `Dense`; a `LinearOperator` as it is.
+
+    Args:
+        dictionary: the matrix, atoms as columns, or the operator.
 
     Raises:
         TypeError: it is neither, or a matrix that is not floating point or complex.

@@ -45,6 +45,11 @@ class Tolerance(nn.Module):
     def begin(self, step: Step, state: State) -> Running:
         """All samples active."""
         readout = next(leaves(step.readout(state)))
+        if _check.integer("event_dim", step.event_dim, minimum=0) > readout.dim():
+            raise ValueError(
+                f"event_dim of {type(step).__name__} is {step.event_dim}, its readout {describe(readout)} has fewer "
+                "dimensions. It is how many trailing dimensions make up one sample."
+            )
         batch = readout.shape[: readout.dim() - step.event_dim]
         for leaf in leaves(state):
             if leaf.dim() > 0 and leaf.shape[: len(batch)] != batch:

@@ -46,6 +46,8 @@ class Trace:
                 f"net must be an Unroll, got {type(net).__name__}. Of a compiled network trace the original; of a "
                 "larger model trace the Unroll inside it."
             )
+        if net._compiled_call_impl is not None:
+            raise TypeError("net is compiled in place by net.compile(), where hooks do not run. Trace it uncompiled.")
         self.net = net
         self.metrics = dict(metrics or {})
         for name, metric in self.metrics.items():
@@ -81,7 +83,9 @@ class Trace:
             raise KeyError(
                 f"{name!r} is not recorded here; there is {', '.join(map(repr, self._values)) or 'no metric'}."
             )
-        return np.stack([value.cpu().numpy() for value in self._values[name]])
+        if not self._values[name]:
+            raise RuntimeError(f"{name!r} has no values yet: call the network inside the with block first.")
+        return torch.stack(self._values[name]).cpu().numpy()
 
     def __len__(self) -> int:
         """How many iterations the latest call ran."""
@@ -94,7 +98,7 @@ class Trace:
     def to_dict(self) -> dict[str, Any]:
         """Everything recorded but the states, as plain lists and numbers, ready for JSON."""
         used = self.num_iters
-        values = {name: self[name].tolist() for name in self._values}
+        values = {name: [value.tolist() for value in kept] for name, kept in self._values.items()}
         return {"num_iters": used.tolist() if isinstance(used, Tensor) else used, **values}
 
     def _clear(self) -> None:
@@ -126,4 +130,6 @@ class Trace:
                 self.states.append(map_state(torch.clone, state))
             readout = self.net[0].readout(state) if self.metrics else None
             for name, metric in self.metrics.items():
-                self._values[name].append(torch.as_tensor(metric(readout)))
+                # A clone, for a metric may return the state itself; numpy has no bfloat16.
+                value = torch.as_tensor(metric(readout)).clone()
+                self._values[name].append(value.float() if value.dtype == torch.bfloat16 else value)

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar, cast, overload
 
+import torch
 from torch import Tensor, nn
 
 from unrolled import _check
@@ -125,7 +126,13 @@ class Unroll(nn.Module):
         elif not same_structure(start, state):
             raise ValueError(f"state must be like {describe(start)}, as this input asks for; got {describe(state)}.")
 
+        # Backprop runs every iteration once, in this call. A strategy that runs some again in the backward pass would
+        # by then meet other parameters where those of this call were swapped in, as by torch.func.functional_call.
+        watched = None if isinstance(self.gradient, Backprop) else [list(map(id, step.parameters())) for step in steps]
+
         def advance(state: State, begin: int, end: int) -> State:
+            if watched is not None:
+                _same_parameters(steps, watched, begin, end)
             for k in range(begin, end):
                 if k == 0 or self.tied is True:
                     step, prepared = steps[0], first
@@ -192,7 +199,7 @@ class Unroll(nn.Module):
                 full = f"{path}.{key}" if path else key
                 values = [state_dict.get(f"{prefix}steps.{k}.{full}") for k in range(len(self.steps))]
                 present = [value for value in values if value is not None and value.device.type != "meta"]
-                if any(value.shape != present[0].shape or bool((value != present[0]).any()) for value in present[1:]):
+                if not all(_equal(value, present[0]) for value in present[1:]):
                     errors.append(
                         f"the layers of the loaded state disagree on {full}, which this network ties. "
                         "Load it into a network that does not tie it."
@@ -211,10 +218,26 @@ def _same(step: Step, k: int, state: State, new: State) -> State:
     return new
 
 
+def _same_parameters(steps: list[Step], watched: list[list[int]], begin: int, end: int) -> None:
+    for step, before in list(zip(steps, watched, strict=True))[begin:end]:
+        if list(map(id, step.parameters())) != before:
+            raise RuntimeError(
+                f"The parameters of {type(step).__name__} were replaced between the forward and the backward pass, "
+                "where this gradient strategy runs iterations again. Use gradient=Backprop() with "
+                "torch.func.functional_call and torch.func.grad."
+            )
+
+
+def _equal(value: Tensor, other: Tensor) -> bool:
+    """Whether two tensors have the same values, NaN among them."""
+    return value.shape == other.shape and torch.allclose(value, other.to(value), rtol=0, atol=0, equal_nan=True)
+
+
 def _tied(tied: bool | Sequence[str], step: Step) -> bool | tuple[str, ...]:
     if isinstance(tied, bool):
         return tied
-    if isinstance(tied, str) or not all(isinstance(name, str) for name in tied):
+    names = isinstance(tied, Sequence) and not isinstance(tied, str) and all(isinstance(name, str) for name in tied)
+    if not names:
         raise TypeError(f"tied must be True, False or a sequence of names such as ('dictionary',), got {tied!r}.")
     for name in tied:
         if not _tensors(step, name):

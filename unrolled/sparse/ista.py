@@ -38,11 +38,10 @@ class _ISTAStep(Step):
         super().__init__()
         _check.dictionary("dictionary", dictionary, allow_complex=True)
         self.alpha = _check.real("alpha", alpha, above=0.0, hint="It weighs the l1 norm.")
-        m, n = dictionary.shape
-        like = torch.empty(0, device=device or dictionary.device, dtype=dtype or dictionary.dtype)
-        self.weight = nn.Parameter(like.new_empty(n, m))
+        like = _check.converted("dictionary", dictionary, device, dtype)
+        self.weight = nn.Parameter(torch.empty_like(like.T, memory_format=torch.contiguous_format))
         # theta = exp(log_theta): positive whatever the optimiser does, and a learning rate is relative to its size.
-        self.log_theta = nn.Parameter(like.new_empty(n, dtype=like.dtype.to_real()))
+        self.log_theta = nn.Parameter(torch.empty_like(like[0].real, memory_format=torch.contiguous_format))
 
     @property
     def theta(self) -> Tensor:
@@ -52,6 +51,10 @@ class _ISTAStep(Step):
     @torch.no_grad()
     def reset_parameters(self, dictionary: Tensor) -> None:
         """Back to ISTA on this dictionary: W = D^H / L, theta = alpha / L."""
+        if dictionary.shape != self.weight.mT.shape:
+            raise ValueError(
+                f"dictionary must have shape {tuple(self.weight.mT.shape)} as before, got {tuple(dictionary.shape)}."
+            )
         L = lipschitz(dictionary)
         self.weight.copy_(dictionary.mH / L)
         self.log_theta.copy_((self.alpha / L).log().expand(len(self.log_theta)))
