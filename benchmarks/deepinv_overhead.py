@@ -14,6 +14,7 @@ torchvision, which breaks this project's environment: install both apart from it
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from importlib import metadata
 from typing import Any
 

@@ -1,0 +1,8 @@
+"""Training: `fit` runs the loop, `fit_stagewise` trains layer after layer, `freeze` holds parameters where they are."""
+
+from .freezing import freeze as freeze
+from .freezing import unfreeze as unfreeze
+from .history import History as History
+from .history import Stage as Stage
+from .loop import fit as fit
+from .stagewise import fit_stagewise as fit_stagewise
