@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -30,6 +31,11 @@ def gradients(net, y=None):
     """d(sum of squares) by every parameter, None where it has no part in it."""
     y = randn(3, 6, seed=1) if y is None else y
     return torch.autograd.grad(net(y).square().sum(), list(net.parameters()), allow_unused=True)
+
+
+class Carried(NamedTuple):
+    x: Tensor
+    w: Tensor
 
 
 class Descent(Step):
@@ -114,6 +120,30 @@ def test_truncated_leaves_the_early_layers_and_the_start_alone():
     assert reached == [False] * 4 + [True] * 2
     assert all(p.grad is None for step in net[:4] for p in step.parameters())
     assert x0.grad is None
+
+
+def test_truncated_cuts_what_the_state_carries_along():
+    class Carrying(Step):
+        """x+ = w x + y with the learned w in the state, untouched by the iterations."""
+
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.tensor(0.5, dtype=F64))
+
+        def init(self, y):
+            return Carried(torch.zeros_like(y), self.w * torch.ones_like(y))
+
+        def forward(self, state, y):
+            return Carried(state.w * state.x + y, state.w)
+
+        def readout(self, state):
+            return state.x
+
+    net, y = Unroll(Carrying(), 4, gradient=Truncated(2)), randn(2, 3).requires_grad_()
+    out = net(y)
+    assert torch.autograd.grad(out.sum(), net[0].w, allow_unused=True, retain_graph=True) == (None,)
+    (slope,) = torch.autograd.grad(out.sum(), y)
+    torch.testing.assert_close(slope, torch.full_like(y, 1.5))  # y itself and w y, the last two of four
 
 
 def test_truncated_is_biased_and_the_bias_falls():

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from unrolled import LISTA, Checkpointed, Step, Tolerance, Trace, Unroll
+from unrolled import LISTA, Checkpointed, Momentum, Step, Tolerance, Trace, Unroll
 
 F64 = torch.float64
 EXACT = {"rtol": 1e-12, "atol": 1e-12}  # the same float64 operations in batches of another size
@@ -136,6 +136,14 @@ def test_a_converged_start_stops_after_one_iteration():
     net[0].calls = 0
     net(y, state=net.run(y))
     assert net[0].calls == 1 + used.max()
+
+
+def test_momentum_stops_by_the_samples_of_the_step_inside():
+    class Images(Scaling):
+        event_dim = 3
+
+    _, used = traced(Unroll(Momentum(Images(0.5)), 9, stop=Tolerance(10.0)), torch.ones(2, 3, 4, 4))
+    assert used.tolist() == [1, 1]
 
 
 def test_nan_never_settles():

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from unrolled import _check
 from unrolled.solvers import lasso_objective
+from unrolled.unroll import Unroll
 
 
 class Lasso(nn.Module):
@@ -17,6 +18,9 @@ class Lasso(nn.Module):
     Args:
         dictionary: $D$, (m, n), atoms as columns. It stays fixed: only the network learns.
         alpha: weight of the l1 norm, positive; the network's own for a faster solver of the same problem.
+        supervision: weight of the mean objective of all layers before the last one, which is added to that of the last
+            (deep supervision). At 1 a network trains faster and more surely than at 0, and stays good when it is cut
+            short; the network must be an `Unroll`.
 
     Example:
         >>> fit(net, batches, Lasso(dictionary, alpha=0.1), num_steps=300)   # doctest: +SKIP
@@ -24,18 +28,33 @@ class Lasso(nn.Module):
 
     dictionary: Tensor
 
-    def __init__(self, dictionary: Tensor, alpha: float) -> None:
+    def __init__(self, dictionary: Tensor, alpha: float, *, supervision: float = 0.0) -> None:
         super().__init__()
         self.alpha = _check.real("alpha", alpha, above=0.0)
+        self.supervision = _check.real("supervision", supervision, minimum=0.0)
         self.register_buffer(
             "dictionary", _check.dictionary("dictionary", dictionary, allow_complex=True).detach().clone()
         )
 
     def forward(self, net: nn.Module, y: Tensor) -> Tensor:
-        return lasso_objective(self.dictionary, y, net(y), self.alpha).mean()
+        if self.supervision == 0:
+            return self._objective(y, net(y))
+        if not isinstance(net, Unroll):
+            raise TypeError(
+                f"net must be an Unroll for supervision={self.supervision:g}, got {type(net).__name__}. Pass the "
+                "network itself, or supervision=0."
+            )
+        *earlier, last = net.iterates(y)
+        total = self._objective(y, last)
+        if earlier:
+            total = total + self.supervision * torch.stack([self._objective(y, x) for x in earlier]).mean()
+        return total
+
+    def _objective(self, y: Tensor, x: Tensor) -> Tensor:
+        return lasso_objective(self.dictionary, y, x, self.alpha).mean()
 
     def extra_repr(self) -> str:
-        return f"alpha={self.alpha:g}"
+        return f"alpha={self.alpha:g}" + (f", supervision={self.supervision:g}" if self.supervision else "")
 
 
 class CodeError(nn.Module):

@@ -63,7 +63,7 @@ class Step(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def forward(self, state: State, context: Any) -> State:
-        """One iteration: a state in, a state of the same structure out."""
+        """One iteration: a state in, a new state of the same structure out. What came in must stay as it was."""
 
     def readout(self, state: State) -> Any:
         """What the network returns; the default is the state itself."""

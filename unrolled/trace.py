@@ -20,7 +20,8 @@ class Trace:
     r"""Record every iteration of the latest call of a network: states, and any function of the readouts.
 
     Nothing of it is in the loop: hooks on the steps are put on when the `with` block begins and taken off when it ends,
-    so a network that is not traced pays nothing. Gradients are neither needed nor kept.
+    so a network that is not traced pays nothing. Gradients are neither needed nor kept. Only calls of the network
+    itself are recorded, not `net.run` or `net.iterates`.
 
     Args:
         net: the network, an `Unroll`. Not a compiled one: hooks do not run there.

@@ -68,8 +68,11 @@ class Unroll(nn.Module):
         self.gradient = gradient
         self.stop = stop
         copies = 1 if self.tied is True else self.num_iters
-        self.steps = nn.ModuleList([step, *(copy.deepcopy(step) for _ in range(copies - 1))])
-        self._tie()
+        # deepcopy takes what its memo holds for copied already, and so leaves it shared.
+        names = self.tied if isinstance(self.tied, tuple) else ()
+        shared = [getattr(owner, key) for name in names for _, owner, key in _tensors(step, name)]
+        twins = [copy.deepcopy(step, {id(tensor): tensor for tensor in shared}) for _ in range(copies - 1)]
+        self.steps = nn.ModuleList([step, *twins])
         self.register_load_state_dict_post_hook(_tie_again)
 
     @property

@@ -1,5 +1,29 @@
 """Sparse coding networks: one system a file."""
 
+from .alista import ALISTA as ALISTA
+from .alista import ALISTAStep as ALISTAStep
+from .alista import TiLISTA as TiLISTA
+from .coupled import LISTACP as LISTACP
+from .coupled import LISTACPStep as LISTACPStep
+from .glista import GLISTA as GLISTA
+from .glista import GLISTAStep as GLISTAStep
+from .glista import exponential_gate as exponential_gate
+from .glista import inverse_gate as inverse_gate
+from .glista import linear_gate as linear_gate
+from .hyperlista import HyperLISTA as HyperLISTA
+from .hyperlista import HyperLISTAStep as HyperLISTAStep
 from .ista import LISTA as LISTA
 from .ista import FactoredLISTAStep as FactoredLISTAStep
 from .ista import LISTAStep as LISTAStep
+from .lamp import LAMP as LAMP
+from .lamp import LAMPStep as LAMPStep
+from .lfista import LFISTA as LFISTA
+from .lfista import LFISTAStep as LFISTAStep
+from .naalista import NAALISTA as NAALISTA
+from .naalista import NAALISTAStep as NAALISTAStep
+from .selection import SupportSelection as SupportSelection
+from .selection import select_support as select_support
+from .steplista import StepLISTA as StepLISTA
+from .steplista import StepLISTAStep as StepLISTAStep
+from .weights import analytic_weight as analytic_weight
+from .weights import symmetric_preconditioner as symmetric_preconditioner
