@@ -1,0 +1,119 @@
+"""The examples run from a command line, leave what they promise, and their networks learn."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+pytestmark = pytest.mark.filterwarnings("default")  # warnings of scikit-learn and Pillow are theirs
+
+
+def run(name, *arguments):
+    """The results that an example leaves in its folder."""
+    finished = subprocess.run(
+        [sys.executable, EXAMPLES / name, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"},
+    )
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def is_png(path):
+    return path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_own_algorithm(tmp_path):
+    printed = run("own_algorithm.py", "--smoke", "--out", tmp_path)
+    assert "PSNR" in printed
+    for mse in json.loads((tmp_path / "results.json").read_text())["mse"]:
+        assert mse["trained"] < mse["untrained"] < mse["noisy"]
+        assert mse["converged"] < mse["untrained"]
+    assert is_png(tmp_path / "own_algorithm.png")
+
+
+def test_sparse_patches(tmp_path):
+    printed = run("sparse_patches.py", "--smoke", "--out", tmp_path)
+    assert "photographs of scikit-learn" in printed
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert rows
+    for row in rows:
+        assert 0 < row["trained"] < row["untrained"]
+    assert is_png(tmp_path / "sparse_patches.png")
+
+
+def test_images_of_ones_own(tmp_path):
+    """Files, folders and arrays, grey or in colour."""
+    from PIL import Image
+
+    example = load("sparse_patches")
+    colour = np.random.default_rng(0).integers(0, 255, (20, 30, 3), dtype=np.uint8)
+    Image.fromarray(colour).save(tmp_path / "a.png")
+    Image.fromarray(colour[..., 0]).save(tmp_path / "b.png")
+    (tmp_path / "notes.txt").write_text("no image")
+    np.save(tmp_path / "c.npy", np.stack([colour] * 3))
+    np.savez(tmp_path / "d.npz", grey=colour[..., 0], many=np.stack([colour[..., 0]] * 4))
+
+    def shapes(path):
+        return [image.shape for image in example.load_images(path, smoke=False)[0]]
+
+    assert shapes(tmp_path) == [(20, 30)] * 2
+    assert shapes(tmp_path / "a.png") == [(20, 30)]
+    assert shapes(tmp_path / "c.npy") == [(20, 30)] * 3
+    assert shapes(tmp_path / "d.npz") == [(20, 30)] * 5
+    np.testing.assert_allclose(example.load_images(tmp_path / "c.npy", smoke=False)[0][0], colour.mean(-1))
+
+
+def test_images_that_are_none(tmp_path):
+    example = load("sparse_patches")
+    np.save(tmp_path / "vector.npy", np.zeros(5))
+    (tmp_path / "notes.txt").write_text("no image")
+    for path, message in (
+        ("vector.npy", r"shape \(5,\)"),
+        ("missing.png", "does not exist"),
+        ("notes.txt", "no image"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            example.load_images(tmp_path / path, smoke=False)
+    with pytest.raises(SystemExit, match="8 x 8 pixels"):
+        example.patches([np.zeros((7, 50))], 10, 0)
+
+
+def test_offline_takes_the_photographs(monkeypatch, capsys):
+    example = load("sparse_patches")
+
+    def unreachable(*arguments, **options):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(example.urllib.request, "urlopen", unreachable)
+    images, what = example.load_images(None, smoke=False)
+    assert what == "photographs of scikit-learn"
+    assert [image.ndim for image in images] == [2, 2]
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 and "no route to host" in lines[0]
+
+
+def test_training_and_test_patches_come_from_different_images():
+    example = load("sparse_patches")
+    images = [np.full((9, 9), float(i)) for i in range(5)]
+    training, test = example.held_out(images)
+    assert [image[0, 0] for image in training] == [0, 1, 2, 3]
+    assert [image[0, 0] for image in test] == [4]
+    only = np.arange(40.0).reshape(20, 2)
+    training, test = example.held_out([only])
+    np.testing.assert_array_equal(np.concatenate(training + test), only)
+    assert len(training[0]) == 15
