@@ -59,7 +59,7 @@ def run(picture: Tensor | None, out: Path, *, seed: int, device: torch.device, s
     for name, momentum in (("LISTA, trained", False), ("LISTA with momentum, trained", True)):
         trained[name] = net = LISTA(D, **networks.config(size, ALPHA, momentum=momentum))
         batches = networks.random_batches(samples.to(device), size.batch, seed)
-        networks.train(net, batches, Lasso(D, ALPHA), size.steps)
+        networks.train(net, batches, Lasso(D, ALPHA, supervision=1.0), size.steps)
 
     watch.begin("coding", "Coding patches of the other photograph by all methods")
     y = data.choose(data.unit_patches(held_out), size.test_patches, generator).to(device)

@@ -52,7 +52,7 @@ def greedy(net: Unroll, problem: Problem, *, num_signals: int = 1000) -> list[fl
     Every layer tries a grid of step sizes and thresholds around those of the layer before, and a finer one around the
     best of them: a few seconds for 16 layers of (250, 500). Where each layer has a matrix of its own, it is set to
     $\gamma_k W_k$, and $W_k$ is chosen, too, among `analytic_weight`s of several dampings: in the last layers against
-    noise, the matched filter beats the decorrelating one. `LAMP` keeps $A^T$ and chooses its $\lambda_k$.
+    noise, the matched filter beats the decorrelating one.
 
     Args:
         net: `ALISTA`, `TiLISTA`, `LISTACP`, `GLISTA`, `LISTA`, `LFISTA` or `LAMP`, each layer with numbers of its own.
@@ -102,22 +102,9 @@ def _(net: Unroll, problem: Problem, *, num_signals: int = 1000) -> list[float]:
 
 
 @greedy.register
-@torch.no_grad()
 def _(net: LAMP, problem: Problem, *, num_signals: int = 1000) -> list[float]:
-    check_untied(net)
-    y, x = signals(net, problem, num_signals)
-    state, center, reached = net[0].init(y), 1.1402, []
-    for step in cast("Iterator[LAMPStep]", net):
-        step.weight.copy_(step.dictionary.mT)
-        errors = {}
-        for factor in (0.5, 0.7, 0.8, 0.9, 0.95, 1.0, 1.05, 1.1, 1.2, 1.4):
-            step.log_lambda.fill_(math.log(center * factor))
-            errors[center * factor] = (step(state, y).x - x).square().sum().item()
-        center = min(errors, key=lambda value: errors[value])
-        step.log_lambda.fill_(math.log(center))
-        state = step(state, y)
-        reached.append(nmse_db(state.x, x))
-    return reached
+    weights = _weights(cast(LAMPStep, net[0]).dictionary)
+    return _search(net, problem, num_signals, weights, _Choice(math.inf, 0, 1.0, 1.6))
 
 
 class Schedule(Unroll):
@@ -138,7 +125,7 @@ class Schedule(Unroll):
         given = getattr(step, "dictionary", problem.dictionary)
         A = (given if isinstance(given, Tensor) else _matrix(given, net)).detach()
         selection = getattr(step, "support_selection", None)
-        self.candidates = [analytic_weight(A, damping=share * A.square().sum().item() / len(A)) for share in DAMPINGS]
+        self.candidates = _weights(A)
         layer = ALISTAStep(Dense(A), Dense(A.clone()), alpha=1.0, support_selection=selection)
         super().__init__(layer, len(net), tied=("dictionary",))
 
@@ -196,61 +183,99 @@ class _Choice(NamedTuple):
     theta: float
 
 
+FIRST = _Choice(math.inf, 0, 1.0, 0.3)
+
+
 @torch.no_grad()
-def _search(net: Unroll, problem: Problem, num_signals: int, weights: Sequence[Tensor]) -> list[float]:
-    """Set the layers of a network of `ALISTAStep`s; their weights, too, where there are some to choose from."""
+def _search(
+    net: Unroll, problem: Problem, num_signals: int, weights: Sequence[Tensor], first: _Choice = FIRST
+) -> list[float]:
+    """Set layer after layer to the best step size and threshold, and weight where there are some to choose from."""
     check_untied(net)
     y, x = signals(net, problem, num_signals)
-    state, best, reached = net[0].init(y), _Choice(math.inf, 0, 1.0, 0.3), []
-    for k, step in enumerate(cast("Iterator[ALISTAStep]", net)):
-        layer = _Layer(step, k, state, y, x, [Dense(weight) for weight in weights] or [step.weight])
-        best = layer.around(best._replace(error=math.inf), *COARSE)
+    state, best, reached = net[0].init(y), first, []
+    for k, step in enumerate(net):
+        layer = _view(step, state, y, k)
+        candidates = [Dense(weight) for weight in weights] or [cast(ALISTAStep, step).weight]
+        best = layer.around(best._replace(error=math.inf), *COARSE, candidates, x)
         for other in (best.weight - 1, best.weight + 1, best.weight + 2):
             if 0 <= other < len(weights):
-                best = layer.around(best, *MIDDLE, weight=other)
-        best = layer.around(best, *FINE)
-        step.log_gamma.fill_(math.log(best.gamma))
-        step.log_theta.fill_(math.log(best.theta))
-        if weights:
-            cast(Dense, step.weight).matrix.copy_(weights[best.weight])
+                best = layer.around(best._replace(weight=other), *MIDDLE, candidates, x, unless=best)
+        best = layer.around(best, *FINE, candidates, x)
+        _put(step, best, weights)
         state = step(state, y)
         reached.append(nmse_db(step.readout(state), x))
     return reached
 
 
-class _Layer:
-    """The error after one layer as a function of its numbers."""
+class _Layer(NamedTuple):
+    """A layer as a function of its numbers: x+ = SS(start + gamma W^T residual, theta scale)."""
 
-    def __init__(self, step: ALISTAStep, k: int, state: State, y: Tensor, x: Tensor, weights: Sequence[Any]) -> None:
-        self.step, self.k, self.x, self.weights = step, k, x, weights
-        self.start = step.readout(state)
-        self.residual = y - step.dictionary(self.start)
+    start: Tensor  # (count, *event)
+    residual: Tensor
+    scale: float | Tensor
+    share: float  # of the entries, that support selection may let pass
+    event_dim: int = 1
 
     def around(
-        self, center: _Choice, gammas: Sequence[float], thetas: Sequence[float], weight: int | None = None
+        self,
+        center: _Choice,
+        gammas: Sequence[float],
+        thetas: Sequence[float],
+        weights: Sequence[Any],
+        x: Tensor,
+        *,
+        unless: _Choice | None = None,
     ) -> _Choice:
-        """The best of a grid of multiples of `center`, or `center` itself."""
-        best, weight = center, center.weight if weight is None else weight
-        direction = self.weights[weight].adjoint(self.residual)
+        """The best of a grid of multiples of `center`, or `unless` (otherwise `center`) if that is better."""
+        best = center if unless is None else unless
+        direction = weights[center.weight].adjoint(self.residual)
         for gamma in (center.gamma * factor for factor in gammas):
             z = self.start + gamma * direction
             size = z.abs()
             trusted = self._trusted(size)
             for theta in (center.theta * factor for factor in thetas):
-                shrunk = z * (1 - theta / size).clamp(min=0)  # 0 / 0 can't be: theta > 0
-                found = torch.where(trusted & (size >= theta), z, shrunk)
-                error = (found - self.x).abs().square().sum().item()
+                shrunk = z * (1 - theta * self.scale / size).clamp(min=0)
+                found = torch.where(trusted & (size >= theta * self.scale), z, shrunk)
+                error = (found - x).abs().square().sum().item()
                 if error < best.error:
-                    best = _Choice(error, weight, gamma, theta)
+                    best = _Choice(error, center.weight, gamma, theta)
         return best
 
     def _trusted(self, size: Tensor) -> Tensor:
-        """Which entries the layer's support selection may let pass: found once for all thresholds."""
-        selection = self.step.support_selection or SupportSelection(0.0, 0.0)
-        flat = size.flatten(-self.step.event_dim)
-        count = round(min(selection.rate * (self.k + 1), selection.maximum) / 100 * flat.shape[-1])
+        """The entries that support selection may let pass, found once for all thresholds."""
+        flat = size.flatten(-self.event_dim)
         none = torch.zeros_like(flat, dtype=torch.bool)
-        return none.scatter(-1, flat.topk(count).indices, True).view_as(size)
+        return none.scatter(-1, flat.topk(round(self.share * flat.shape[-1])).indices, True).view_as(size)
+
+
+def _view(step: nn.Module, state: State, y: Tensor, k: int) -> _Layer:
+    if isinstance(step, LAMPStep):
+        v = step(state, y).v
+        return _Layer(state.x, v, torch.linalg.vector_norm(v, dim=-1, keepdim=True) / v.shape[-1] ** 0.5, 0.0)
+    assert isinstance(step, ALISTAStep)
+    x = step.readout(state)
+    selection = step.support_selection or SupportSelection(0.0, 0.0)
+    share = min(selection.rate * (k + 1), selection.maximum) / 100
+    return _Layer(x, y - step.dictionary(x), 1.0, share, step.event_dim)
+
+
+def _put(step: nn.Module, choice: _Choice, weights: Sequence[Tensor]) -> None:
+    if isinstance(step, LAMPStep):
+        step.weight.copy_(choice.gamma * weights[choice.weight].mT)
+        step.log_lambda.fill_(math.log(choice.theta))
+        return
+    assert isinstance(step, ALISTAStep)
+    step.log_gamma.fill_(math.log(choice.gamma))
+    step.log_theta.fill_(math.log(choice.theta))
+    if weights:
+        cast(Dense, step.weight).matrix.copy_(weights[choice.weight])
+
+
+def _weights(dictionary: Tensor) -> list[Tensor]:
+    """Analytic weights from none to full damping, where they are the atoms themselves."""
+    mean = dictionary.square().sum().item() / len(dictionary)
+    return [analytic_weight(dictionary, damping=share * mean) for share in DAMPINGS]
 
 
 # ---- What is asked of network and problem ----------------------------------------------------------------------------

@@ -104,11 +104,16 @@ def _(net: ALISTA, run: _Run) -> None:
 
 
 @_train.register(TiLISTA)
-@_train.register(LAMP)
-def _(net: Unroll, run: _Run) -> None:
+def _(net: TiLISTA, run: _Run) -> None:
     greedy(net, run.problem, num_signals=400)
     run.adam(net, "numbers", 400, thresholds=3e-2, matrices=0.0)
-    run.last(net, 200)
+    run.last(net, 200, matrices=3e-5)  # one matrix gets the gradients of all layers
+
+
+@_train.register(LAMP)
+def _(net: LAMP, run: _Run) -> None:
+    greedy(net, run.problem, num_signals=400)
+    run.last(net, 400)
 
 
 @_train.register(LISTACP)
