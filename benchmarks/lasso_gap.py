@@ -1,6 +1,6 @@
 """Claim: 16 trained layers leave at most a fifth of the Lasso gap of FISTA's 16 iterations, after 10 CPU s of training.
 
-8x8 patches of mean 0 and norm 1, a learned 64x256 dictionary, alpha 0.1. All learning is on china.jpg; the gap, the mean
+8x8 patches of mean 0 and norm 1, a learned 64x256 dictionary, alpha 0.1. All learning is on china.jpg; the gap, mean
 of (F - F*) / F* over 2000 patches, is that of flower.jpg. F* is that of FISTA with restart in float64, run to 1e-9;
 scikit-learn's converged coordinate descent is in the table beside it. Three seeds: of the patches, the dictionary and
 the batches. Trained on the objective of all layers. One thread, CPU seconds.

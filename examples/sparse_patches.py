@@ -166,7 +166,13 @@ def fista_gaps(dictionary, y, gap, num_iters):
 def train(dictionary, y, num_layers, options):
     net = LISTA(dictionary, num_layers, alpha=ALPHA, momentum=True, factored=True)
     print(f"training {num_layers} layers")
-    fit(net, endless(y, 512, seed=num_layers), Lasso(dictionary, ALPHA), num_steps=options.num_steps, progress=True)
+    fit(
+        net,
+        endless(y, 512, seed=num_layers),
+        Lasso(dictionary, ALPHA, supervision=1.0),
+        num_steps=options.num_steps,
+        progress=True,
+    )
     return net
 
 

@@ -1,4 +1,4 @@
-"""Greedy start: the layers of a sparse coding network set one after another by search, without gradients."""
+"""`greedy`: the layers of a sparse coding network set one after another by search, without gradients."""
 
 from __future__ import annotations
 
@@ -196,7 +196,7 @@ def _search(
     state, best, reached = net[0].init(y), first, []
     for k, step in enumerate(net):
         layer = _view(step, state, y, k)
-        candidates = [Dense(weight) for weight in weights] or [cast(ALISTAStep, step).weight]
+        candidates: Sequence[Any] = [Dense(weight) for weight in weights] or [cast(ALISTAStep, step).weight]
         best = layer.around(best._replace(error=math.inf), *COARSE, candidates, x)
         for other in (best.weight - 1, best.weight + 1, best.weight + 2):
             if 0 <= other < len(weights):
