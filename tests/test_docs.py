@@ -49,6 +49,7 @@ def test_every_guide_has_blocks():
         "lista",
         "own-step",
         "training",
+        "which-lista",
     }
 
 

@@ -56,6 +56,21 @@ def test_sparse_patches(tmp_path):
     assert is_png(tmp_path / "sparse_patches.png")
 
 
+def test_compressed_sensing(tmp_path):
+    printed = run("compressed_sensing.py", "--smoke", "--out", tmp_path)
+    assert "recovered" in printed
+    results = json.loads((tmp_path / "results.json").read_text())
+    nmse = {name: row["nmse_db"] for name, row in results["recovery"].items()}
+    assert nmse["FISTA"] < nmse["ISTA"] < 0
+    for name in ("HyperLISTA, not trained", "ALISTA, searched", "ALISTA, trained", "LISTA-CPSS, trained"):
+        assert nmse[name] < nmse["FISTA"] - 10
+    ista, fista, steps, momentum = results["spikes"].values()
+    assert 0 < momentum < fista < ista
+    assert 0 < steps < ista
+    assert is_png(tmp_path / "compressed_sensing.png")
+    assert is_png(tmp_path / "spikes.png")
+
+
 def test_images_of_ones_own(tmp_path):
     """Files, folders and arrays, grey or in colour."""
     from PIL import Image

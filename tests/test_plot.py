@@ -86,6 +86,25 @@ def test_layer_profile_draws_medians_bands_and_the_classical_value():
     assert lines(first)["net"].get_color() == lines(second)["net"].get_color()
 
 
+def test_scaling_draws_each_method_in_one_colour_and_ticks_at_the_data():
+    figure = plot.scaling(
+        {
+            "atoms": {"net": ([500, 1000], [0.1, 0.4]), "OMP": ([500], [3.0])},
+            "layers": {"net": ([4, 8, 16], [0.1, 0.2, 0.4])},
+        },
+        columns=2,
+    )
+    atoms, layers = figure.axes
+    assert (atoms.get_xscale(), atoms.get_yscale()) == ("log", "log")
+    np.testing.assert_array_equal(lines(atoms)["OMP"].get_xydata(), [[500, 3.0]])
+    np.testing.assert_array_equal(lines(layers)["net"].get_ydata(), [0.1, 0.2, 0.4])
+    assert lines(atoms)["net"].get_color() == lines(layers)["net"].get_color() != lines(atoms)["OMP"].get_color()
+    assert list(atoms.get_xticks()) == [500, 1000]
+    assert atoms.get_xlabel() == "atoms" and atoms.get_ylabel() == "seconds"
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["net", "OMP"]
+
+
 @pytest.mark.parametrize(
     ("draw", "name"),
     [
@@ -103,6 +122,11 @@ def test_layer_profile_draws_medians_bands_and_the_classical_value():
         (lambda: plot.layer_profile({"a": {}}), "panels"),
         (lambda: plot.layer_profile({"a": {"net": np.ones((2, 2, 2))}}), "panels"),
         (lambda: plot.layer_profile({"a": {"net": [1.0]}}, classical={"b": 1.0}), "classical"),
+        (lambda: plot.scaling({}), "panels"),
+        (lambda: plot.scaling({"n": {}}), r"panels\['n'\]"),
+        (lambda: plot.scaling({"n": {"a": ([1, 2], [1])}}), "2 x and 1 y"),
+        (lambda: plot.scaling({"n": {"a": ([1, 2], [1, 0])}}), "not positive"),
+        (lambda: plot.scaling({"n": {"a": ([1], [1])}}, columns=0), "columns"),
     ],
 )
 def test_bad_input_is_refused_by_name(draw, name):
@@ -116,6 +140,8 @@ def test_figures_can_be_saved_without_warnings(tmp_path):
         plot.dictionary_mosaic(np.eye(16)),
         plot.before_after({"a": np.eye(8), "b": np.eye(8)}),
         plot.layer_profile({"a": {"net": np.ones((3, 4))}}, classical={"a": [1.0, 2.0, 3.0]}),
+        plot.scaling({"n": {"a": ([1, 2], [1, 4])}, "K": {"a": ([1, 2], [1, 2])}}, columns=1),
+        plot.scaling({"n": {"a": ([1, 2], [1, 4])}, "K": {"a": ([1], [1])}, "B": {"a": ([1], [1])}}, columns=2),
     )
     for k, figure in enumerate(figures):
         figure.savefig(tmp_path / f"{k}.png")

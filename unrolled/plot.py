@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -171,6 +172,56 @@ def layer_profile(
     return figure
 
 
+def scaling(
+    panels: Mapping[str, Mapping[str, tuple[ArrayLike, ArrayLike]]], *, ylabel: str = "seconds", columns: int = 3
+) -> Figure:
+    """A cost against what it depends on, both axes logarithmic: a panel a quantity, a line a method.
+
+    Args:
+        panels: by the title of the horizontal axis, then by the method's name: a pair (x, y) of equally long arrays,
+            positive.
+        ylabel: what the vertical axis says, which all panels share.
+        columns: how many panels to a row.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ValueError: no panels or an empty one, arrays that are not one-dimensional, finite and positive, or differ in
+            length; `columns < 1`.
+
+    Example:
+        >>> figure = scaling({"atoms n": {"FISTA": ([500, 1000], [0.1, 0.4]), "ALISTA": ([500, 1000], [0.1, 0.3])}})
+    """
+    _named("panels", panels)
+    if columns < 1:
+        raise ValueError(f"columns must be at least 1, got {columns}.")
+    names = list(dict.fromkeys(name for series in panels.values() for name in series))
+    colours = dict(zip(names, _colours(len(names)), strict=True))
+    columns = min(columns, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(3.7 * columns, 3.6 * rows + 0.6), layout="constrained")
+    grid = list(figure.subplots(rows, columns, squeeze=False, sharey=True).flat)
+    lines = {}
+    for axes, (title, series) in zip(grid, panels.items(), strict=False):
+        _style(axes)
+        for name, (x, y) in _named(f"panels[{title!r}]", series).items():
+            pair = [_positive(f"panels[{title!r}][{name!r}]", values) for values in (x, y)]
+            if len(pair[0]) != len(pair[1]):
+                raise ValueError(f"panels[{title!r}][{name!r}] has {len(pair[0])} x and {len(pair[1])} y.")
+            (lines[name],) = axes.loglog(*pair, color=colours[name], marker="o", markersize=4, linewidth=2, label=name)
+        ticks = sorted({value for line in axes.get_lines() for value in line.get_xdata()})
+        axes.set_xticks(ticks, [f"{value:g}" for value in ticks])
+        axes.set_xticks([], minor=True)
+        axes.set_xlabel(title)
+    for axes in grid[len(panels) :]:
+        axes.set_axis_off()
+    for axes in grid[::columns]:
+        axes.set_ylabel(ylabel)
+    figure.legend(lines.values(), lines, loc="outside upper center", ncols=min(len(lines), 2 * columns), frameon=False)
+    return figure
+
+
 def _draw_layers(axes: Axes, values: np.ndarray, name: str, colour: str) -> None:
     layers = np.arange(1, len(values) + 1)
     if values.ndim == 2:
@@ -212,10 +263,10 @@ def _colours(count: int) -> list[str]:
     return [COLOURS[k % len(COLOURS)] for k in range(count)]
 
 
-def _named(name: str, values: Mapping[str, object]) -> Mapping[str, ArrayLike]:
+def _named(name: str, values: Mapping[str, object]) -> Mapping[str, Any]:
     if not isinstance(values, Mapping) or not values:
         raise ValueError(f"{name} must map names to arrays, at least one, got {values!r}.")
-    return values  # type: ignore[return-value]
+    return values
 
 
 def _array(name: str, values: ArrayLike, *dims: int) -> np.ndarray:
@@ -226,4 +277,13 @@ def _array(name: str, values: ArrayLike, *dims: int) -> np.ndarray:
         raise ValueError(f"{name} must have {allowed} dimension(s), got shape {array.shape}.")
     if array.size == 0 or not np.isfinite(array).all():
         raise ValueError(f"{name} is empty or has NaN or infinite entries, its shape is {array.shape}.")
+    return array
+
+
+def _positive(name: str, values: ArrayLike) -> np.ndarray:
+    array = _array(name, values, 1)
+    if (array <= 0).any():
+        raise ValueError(
+            f"{name} has values that are not positive, the least is {array.min():g}. The axes are logarithmic."
+        )
     return array

@@ -122,12 +122,12 @@ class Schedule(Unroll):
             raise TypeError(
                 f"greedy can't set layers of type {type(step).__name__}. Build the network without momentum."
             )
-        given = getattr(step, "dictionary", problem.dictionary)
-        A = (given if isinstance(given, Tensor) else _matrix(given, net)).detach()
+        coupled = isinstance(step, LISTACPStep | GLISTAStep)  # the layers of others know no dictionary, or learn it
+        A = (_matrix(step.dictionary, net) if coupled else problem.dictionary).detach()
         selection = getattr(step, "support_selection", None)
-        self.candidates = _weights(A)
         layer = ALISTAStep(Dense(A), Dense(A.clone()), alpha=1.0, support_selection=selection)
         super().__init__(layer, len(net), tied=("dictionary",))
+        self.candidates = _weights(A)
 
     def search(self, problem: Problem, num_signals: int) -> list[float]:
         return _search(self, problem, num_signals, self.candidates)
@@ -295,10 +295,16 @@ def signals(net: Unroll, problem: Problem, count: int) -> tuple[Tensor, Tensor]:
 
 
 def check_untied(net: Unroll) -> None:
-    """Refuse networks whose layers share numbers that are to be set for each."""
-    tied = len(net) > 1 and (net.tied is True or "log_theta" in (net.tied or ()) or "log_lambda" in (net.tied or ()))
-    if tied:
-        raise ValueError(f"net has tied={net.tied}, but every layer gets numbers of its own. Build it with tied=False.")
+    """Refuse networks whose layers share what is to be set for each."""
+    if len(net) == 1:
+        return
+    free = ("dictionary", "weight") if isinstance(net, ALISTA | TiLISTA) else ("dictionary",)
+    second = dict(net[1].named_parameters())
+    shared = [name for name, p in net[0].named_parameters() if p is second[name] and not name.startswith(free)]
+    if shared:
+        raise ValueError(
+            f"net has tied={net.tied}, but {', '.join(shared)} must be set for every layer. Build it with tied=False."
+        )
 
 
 def _matrix(operator: Any, net: Unroll) -> Tensor:
