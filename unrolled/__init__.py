@@ -3,7 +3,10 @@
 from . import functional as functional
 from . import gradient as gradient
 from . import losses as losses
+from . import metrics as metrics
 from . import operators as operators
+from . import problems as problems
+from . import recipes as recipes
 from . import solvers as solvers
 from . import sparse as sparse
 from . import training as training
@@ -11,7 +14,16 @@ from .gradient import Backprop as Backprop
 from .gradient import Checkpointed as Checkpointed
 from .gradient import Truncated as Truncated
 from .momentum import Momentum as Momentum
+from .sparse import ALISTA as ALISTA
+from .sparse import GLISTA as GLISTA
+from .sparse import LAMP as LAMP
+from .sparse import LFISTA as LFISTA
 from .sparse import LISTA as LISTA
+from .sparse import LISTACP as LISTACP
+from .sparse import NAALISTA as NAALISTA
+from .sparse import HyperLISTA as HyperLISTA
+from .sparse import StepLISTA as StepLISTA
+from .sparse import TiLISTA as TiLISTA
 from .step import Step as Step
 from .stopping import Tolerance as Tolerance
 from .trace import Trace as Trace

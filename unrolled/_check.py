@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import cmath
 import math
 import numbers
 from typing import Any
 
 import torch
 from torch import Tensor
+
+_stands_for_many = torch._C._functorch.is_functorch_wrapped_tensor  # looked up once: this is asked in every call
 
 
 def integer(name: str, value: Any, *, minimum: int = 1) -> int:
@@ -53,7 +56,7 @@ def finite(name: str, value: Tensor) -> Tensor:
     meta device, and not while the call is being compiled, exported or vmapped (there are no values to look at).
     """
     # One NaN or infinity makes the sum one too, and a sum takes a tenth of the time; it may overflow, so look closer.
-    if can_look_at(value) and not bool(value.sum().isfinite()) and not bool(torch.isfinite(value).all()):
+    if can_look_at(value) and not cmath.isfinite(value.sum().item()) and not bool(torch.isfinite(value).all()):
         bad = int((~torch.isfinite(value)).sum())
         raise ValueError(
             f"{name} has {bad} NaN or infinite of {value.numel()} entries. Remove or replace them first, "
@@ -64,7 +67,7 @@ def finite(name: str, value: Tensor) -> Tensor:
 
 def can_look_at(value: Tensor) -> bool:
     """Whether Python may branch on the values of this tensor at no cost but the look."""
-    return value.device.type == "cpu" and not is_traced(value)
+    return value.is_cpu and not is_traced(value)
 
 
 def autocast(device: torch.device) -> bool:
@@ -74,7 +77,7 @@ def autocast(device: torch.device) -> bool:
 
 def is_traced(value: Tensor) -> bool:
     """Whether the call is being compiled or exported, or the tensor stands for many under `torch.vmap` and its kin."""
-    return torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(value)
+    return torch.compiler.is_compiling() or _stands_for_many(value)
 
 
 def dictionary(name: str, value: Any, *, allow_complex: bool = False) -> Tensor:
