@@ -29,11 +29,13 @@ def by_hand(net: LISTA, y: Tensor) -> Tensor:
         drive, theta = linear(y, step.weight), step.log_theta.exp()
         x = torch.zeros_like(drive)
         for _ in range(K):
-            x = soft_threshold(torch.addmm(drive, x, step.inhibition.mT), theta)
+            x = soft_threshold(torch.addmm(drive, x, step.inhibition.mT), theta, inplace=True)
         return x
     x = y.new_zeros(len(y), len(layers[0].weight))
     for step in layers:
-        x = soft_threshold(torch.addmm(linear(y, step.weight), x, step.inhibition.mT), step.log_theta.exp())
+        x = soft_threshold(
+            torch.addmm(linear(y, step.weight), x, step.inhibition.mT), step.log_theta.exp(), inplace=True
+        )
     return x
 
 

@@ -605,3 +605,19 @@ def test_operator_norm_under_transforms():
 def test_errors(call, error, message):
     with pytest.raises(error, match=message):
         call(torch.ones(2, 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.complex64])
+@pytest.mark.parametrize("learned", [False, True])
+def test_soft_in_place_gives_the_same(dtype, learned):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(5, 7, dtype=dtype, generator=generator)
+    t = torch.rand(7, generator=generator).to(x.real.dtype).requires_grad_(learned)
+    expected = F.soft_threshold(x, t)
+    kept = x.clone()
+    found = F.soft_threshold(x, t, inplace=True)
+    assert torch.equal(found, expected)
+    if learned or dtype.is_complex:
+        assert torch.equal(x, kept), "with a gradient nothing is overwritten"
+    else:
+        assert found is x

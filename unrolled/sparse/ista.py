@@ -105,7 +105,7 @@ class LISTAStep(_ISTAStep):
         return torch.zeros_like(context.drive)
 
     def forward(self, x: Tensor, context: _Prepared) -> Tensor:
-        return soft_threshold(_affine(x, self.inhibition, context.drive), context.theta)
+        return soft_threshold(_affine(x, self.inhibition, context.drive), context.theta, inplace=True)
 
 
 class FactoredLISTAStep(_ISTAStep):
@@ -148,7 +148,7 @@ class FactoredLISTAStep(_ISTAStep):
     def forward(self, x: Tensor, context: _Prepared) -> Tensor:
         y, theta = context
         residual = _affine(x, self.dictionary, y, -1)
-        return soft_threshold(_affine(residual, self.weight, x), theta)
+        return soft_threshold(_affine(residual, self.weight, x), theta, inplace=True)
 
 
 def _affine(x: Tensor, matrix: Tensor, offset: Tensor, sign: int = 1) -> Tensor:
