@@ -1,11 +1,12 @@
-"""Claim: 16 layers code 1000 signals at least six times faster than OMP and the Lasso, with no larger error.
+"""Claim: 16 trained layers code 1000 signals five times faster than OMP, and fifty times faster than the Lasso.
 
-First the time of a forward pass against the size of the problem (n atoms, m = n/2), the number of signals and the
+The claim is measured at 250 x 500, noiseless, 10 % nonzeros: HyperLISTA, which is not trained, and ALISTA after
+seconds of training, against OMP with a few atoms to spare, OMP up to a residual of zero, and the Lasso at a small
+weight. The error of ALISTA is below those of the first OMP and of the Lasso. The second OMP, in float64, is exact.
+
+Then the time of a forward pass against the size of the problem (n atoms, m = n/2), the number of signals and the
 number of layers, beside FISTA and OMP. A forward pass takes as long trained as untrained, so no network is trained
-here. OMP looks for as many atoms as the codes have nonzeros, 0.1 n; it is left out where it takes more than 20 seconds.
-
-Then the claim, at 250 x 500, noiseless, 10 % nonzeros: HyperLISTA, which is not trained, and ALISTA after a minute of
-training, against OMP with a few atoms to spare, OMP up to a residual of zero, and the Lasso at a small weight.
+there. OMP looks for as many atoms as the codes have nonzeros, 0.1 n; it is left out where it takes longer than 20 s.
 
 Float32, one thread, CPU seconds, three seeds, of which the median counts.
 

@@ -224,7 +224,7 @@ def plot_recovery(curves, matrix, problem, codes, path):
 
     x = problem.test(len(codes["FISTA"])).x[0]
     n = len(x)
-    window = slice(0, n // 4)
+    window = slice(0, n // 8)
     axis = axes["signal"]
     axis.plot(synthesize(x)[window], color=GREY, linewidth=5, alpha=0.6, label="true signal")
     for name, colour in (("FISTA", ORANGE), ("ALISTA, trained", BLUE)):
@@ -232,7 +232,7 @@ def plot_recovery(curves, matrix, problem, codes, path):
         label = f"{name}: {error:.0f} dB"
         axis.plot(synthesize(codes[name][0])[window], color=colour, linewidth=1.4, label=label)
     axis.set_title(f"one signal, from {len(matrix)} measurements of its {n} samples", loc="left", fontsize=10)
-    axis.set(xlabel=f"sample (the first {n // 4})", xlim=(0, n // 4 - 1))
+    axis.set(xlabel=f"sample (the first {n // 8})", xlim=(0, n // 8 - 1))
     axis.legend(frameon=False, fontsize=9, ncols=3, loc="upper center", bbox_to_anchor=(0.5, 1.02))
     axis.margins(y=0.2)
 
