@@ -280,7 +280,7 @@ def main():
     )
     if arguments.smoke:
         options = argparse.Namespace(
-            m=60, n=120, num_signals=100, effort=0.03, num_steps=20, num_trains=10, solver_iters=500
+            m=60, n=120, num_signals=100, effort=0.02, num_steps=15, num_trains=5, solver_iters=300
         )
 
     torch.set_num_threads(1)  # so that seconds can be compared; scikit-learn's OMP has one, too
