@@ -127,10 +127,7 @@ def fixed_matrix(
 ) -> Tensor:
     """A contiguous copy of a matrix without zero columns, moved and cast."""
     _check.dictionary(name, value, allow_complex=allow_complex)
-    if dtype is not None and value.is_complex() and not dtype.is_complex:
-        raise TypeError(f"dtype must be complex for a complex {name}, got {dtype}. Its imaginary part would be lost.")
-    value = value.detach().to(device=device, dtype=dtype)
-    return value.clone(memory_format=torch.contiguous_format)
+    return _check.converted(name, value, device, dtype).clone(memory_format=torch.contiguous_format)
 
 
 def learned_operator(

@@ -3,28 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from unrolled import _check
 from unrolled._tree import State
 from unrolled.functional import soft_threshold
 from unrolled.gradient import Backprop, Gradient
 from unrolled.momentum import MomentumState
-from unrolled.solvers import lipschitz
-from unrolled.step import Step
+from unrolled.sparse.ista import _ISTAStep, _Prepared
 from unrolled.stopping import Tolerance
 from unrolled.unroll import Unroll
 
 
-class _Prepared(NamedTuple):
-    drive: Tensor  # W_e y, (..., n)
-    theta: Tensor  # (n,)
-
-
-class LFISTAStep(Step):
+class LFISTAStep(_ISTAStep):
     r"""$x_{k+1} = S_\theta\bigl(W_e y + W_g x_k + b_k W_m (x_k - x_{k-1})\bigr)$ with Nesterov's $b_k$.
 
     Args:
@@ -41,34 +33,19 @@ class LFISTAStep(Step):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        _check.dictionary("dictionary", dictionary, allow_complex=True)
-        self.alpha = _check.real("alpha", alpha, above=0.0, hint="It weighs the l1 norm.")
-        m, n = dictionary.shape
-        like = torch.empty(0, device=device or dictionary.device, dtype=dtype or dictionary.dtype)
-        self.weight = nn.Parameter(like.new_empty(n, m))
-        self.inhibition = nn.Parameter(like.new_empty(n, n))
-        self.inertia = nn.Parameter(like.new_empty(n, n))
-        self.log_theta = nn.Parameter(like.new_empty(n, dtype=like.dtype.to_real()))
+        super().__init__(dictionary, alpha=alpha, device=device, dtype=dtype)
+        n = len(self.weight)
+        self.inhibition = nn.Parameter(self.weight.new_empty(n, n))
+        self.inertia = nn.Parameter(self.weight.new_empty(n, n))
         self.reset_parameters(dictionary)
 
     @torch.no_grad()
     def reset_parameters(self, dictionary: Tensor) -> None:
         """Back to FISTA on this dictionary: W_e = A^H / L, W_g = W_m = I - A^H A / L, theta = alpha / L."""
+        super().reset_parameters(dictionary)
         D = dictionary.to(self.weight)
-        L = lipschitz(D)
-        self.weight.copy_(D.mH / L)
         self.inhibition.copy_(torch.eye(len(self.weight)).to(D) - self.weight @ D)
         self.inertia.copy_(self.inhibition)
-        self.log_theta.copy_((self.alpha / L).log().expand(len(self.log_theta)))
-
-    @property
-    def theta(self) -> Tensor:
-        """The thresholds, (n,), positive."""
-        return self.log_theta.exp()
-
-    def check(self, y: Tensor) -> None:
-        _check.signals("y", y, self.weight, self.weight.shape[1], of="the dictionary")
 
     def prepare(self, y: Tensor) -> _Prepared:
         return _Prepared(nn.functional.linear(y, self.weight), self.theta)
@@ -87,10 +64,6 @@ class LFISTAStep(Step):
 
     def readout(self, state: MomentumState) -> Tensor:
         return state.x
-
-    def extra_repr(self) -> str:
-        n, m = self.weight.shape
-        return f"signal={m}, atoms={n}, alpha={self.alpha:g}"
 
 
 class LFISTA(Unroll):
