@@ -47,7 +47,7 @@ def by_hand(net: LISTA, y: Tensor) -> Tensor:
 
 
 def bare_products(net: LISTA, factored: bool, y: Tensor) -> Tensor:
-    """Nothing but the matrix products that the network cannot do without."""
+    """Nothing but the matrix products of the published equations, that of the first code (zeros) among them."""
     layers = [net[k] for k in range(K)]
     if factored:
         x = y.new_zeros(len(y), len(layers[0].weight))

@@ -51,6 +51,21 @@ def test_both_forms_are_the_solver_for_a_dictionary_of_any_norm(m, n, power, alp
 
 
 @every_form
+@pytest.mark.parametrize("dtype", [F64, C128], ids=str)
+def test_leaving_out_the_product_with_the_first_zeros_changes_nothing(factored, dtype):
+    dictionary, y = randn(6, 10, dtype=dtype), randn(3, 6, seed=1, dtype=dtype)
+    net = LISTA(dictionary, 4, alpha=ALPHA, factored=factored)
+    with torch.no_grad():
+        short = net(y)
+        given = net(y, state=torch.zeros(3, 10, dtype=dtype))  # zeros that the layer does not know
+    assert bool(short.any())
+    torch.testing.assert_close(short, given, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(short, net(y).detach(), rtol=1e-12, atol=1e-12)
+    net(y).real.sum().backward()
+    assert all(parameter.grad is not None for parameter in net.parameters())  # as DistributedDataParallel demands
+
+
+@every_form
 @pytest.mark.parametrize("momentum", [False, True])
 def test_it_converges_to_the_minimum(factored, momentum):
     dictionary, y = randn(6, 10), randn(3, 6, seed=1)

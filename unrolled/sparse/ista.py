@@ -20,8 +20,18 @@ from unrolled.unroll import Unroll
 
 
 class _Prepared(NamedTuple):
-    drive: Tensor  # W y, (..., n), in the published form; y itself, (..., m), in the factored one
+    drive: Tensor  # W y, (..., n)
     theta: Tensor  # (n,)
+    inhibition: Tensor  # S^T, (n, n): looked up and transposed here, once a call, not in every iteration
+    zero: Tensor  # the first code, (..., n), without memory of its own
+
+
+class _PreparedFactors(NamedTuple):
+    y: Tensor  # (..., m)
+    theta: Tensor  # (n,)
+    dictionary: Tensor  # D^T, (n, m)
+    weight: Tensor  # W^T, (m, n)
+    zero: Tensor  # the first code, (..., n), without memory of its own
 
 
 class _ISTAStep(Step):
@@ -99,13 +109,17 @@ class LISTAStep(_ISTAStep):
         self.inhibition.copy_(torch.eye(len(self.weight)).to(D) - self.weight @ D)
 
     def prepare(self, y: Tensor) -> _Prepared:
-        return _Prepared(nn.functional.linear(y, self.weight), self.theta)
+        drive = nn.functional.linear(y, self.weight)
+        return _Prepared(drive, self.theta, self.inhibition.mT, drive.new_zeros(()).expand_as(drive))
 
     def init(self, context: _Prepared) -> Tensor:
-        return torch.zeros_like(context.drive)
+        return context.zero
 
     def forward(self, x: Tensor, context: _Prepared) -> Tensor:
-        return soft_threshold(_affine(x, self.inhibition, context.drive), context.theta, inplace=True)
+        drive, theta, inhibition, zero = context
+        if _still(x, zero):
+            return soft_threshold(drive, theta)
+        return soft_threshold(_affine(x, inhibition, drive), theta, inplace=True)
 
 
 class FactoredLISTAStep(_ISTAStep):
@@ -138,24 +152,34 @@ class FactoredLISTAStep(_ISTAStep):
         super().reset_parameters(dictionary)
         self.dictionary.copy_(dictionary)
 
-    def prepare(self, y: Tensor) -> _Prepared:
-        return _Prepared(y, self.theta)
+    def prepare(self, y: Tensor) -> _PreparedFactors:
+        zero = y.new_zeros(()).expand(*y.shape[:-1], len(self.weight))
+        return _PreparedFactors(y, self.theta, self.dictionary.mT, self.weight.mT, zero)
 
-    def init(self, context: _Prepared) -> Tensor:
-        y = context.drive
-        return y.new_zeros(*y.shape[:-1], len(self.weight))
+    def init(self, context: _PreparedFactors) -> Tensor:
+        return context.zero
 
-    def forward(self, x: Tensor, context: _Prepared) -> Tensor:
-        y, theta = context
-        residual = _affine(x, self.dictionary, y, -1)
-        return soft_threshold(_affine(residual, self.weight, x), theta, inplace=True)
+    def forward(self, x: Tensor, context: _PreparedFactors) -> Tensor:
+        y, theta, dictionary, weight, zero = context
+        if _still(x, zero):
+            return soft_threshold(y @ weight, theta, inplace=True)
+        residual = _affine(x, dictionary, y, -1)
+        return soft_threshold(_affine(residual, weight, x), theta, inplace=True)
 
 
-def _affine(x: Tensor, matrix: Tensor, offset: Tensor, sign: int = 1) -> Tensor:
-    """offset + sign * matrix x for each sample, without a pass over memory of its own for the sum."""
+def _affine(x: Tensor, transposed: Tensor, offset: Tensor, sign: int = 1) -> Tensor:
+    """offset + sign * x transposed, without a pass over memory of its own for the sum."""
     if x.dim() == 2:
-        return torch.addmm(offset, x, matrix.mT, alpha=sign)
-    return torch.add(offset, nn.functional.linear(x, matrix), alpha=sign)
+        return torch.addmm(offset, x, transposed, alpha=sign)
+    return torch.add(offset, x @ transposed, alpha=sign)
+
+
+def _still(x: Tensor, zero: Tensor) -> bool:
+    """Whether this is the code 0 that the network started from, whose product need not be computed.
+
+    Where a gradient is asked for, the product is: every parameter of the first layer shall get one, if only zeros.
+    """
+    return x is zero and not torch.is_grad_enabled()
 
 
 class LISTA(Unroll):

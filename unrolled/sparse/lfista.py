@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +12,14 @@ from unrolled._tree import State
 from unrolled.functional import soft_threshold
 from unrolled.gradient import Backprop, Gradient
 from unrolled.momentum import MomentumState
-from unrolled.sparse.ista import _ISTAStep, _Prepared
+from unrolled.sparse.ista import _ISTAStep
 from unrolled.stopping import Tolerance
 from unrolled.unroll import Unroll
+
+
+class _Prepared(NamedTuple):
+    drive: Tensor  # W_e y, (..., n)
+    theta: Tensor  # (n,)
 
 
 class LFISTAStep(_ISTAStep):
