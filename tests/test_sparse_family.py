@@ -98,6 +98,17 @@ def test_ties_do_not_raise_the_count() -> None:
     assert ((select_support(torch.ones(2, 8), 0.25, 0.5) == 1).sum(-1) == 4).all()
 
 
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 99), st.sampled_from([1, 2]), st.floats(0, 1.5))
+def test_ranking_only_crowded_samples_is_ranking_all(seed: int, event_dim: int, theta: float) -> None:
+    z = randn(6, 4, 5, seed=seed)
+    shares = torch.rand(z.shape[:-event_dim], generator=torch.Generator().manual_seed(seed), dtype=z.dtype)
+    found = select_support(z, theta, shares, event_dim=event_dim)
+    # Under vmap nothing is looked at, and every sample is ranked.
+    ranked = torch.vmap(lambda z, p: select_support(z, theta, p, event_dim=event_dim))(z, shares)
+    torch.testing.assert_close(found, ranked, rtol=0, atol=0)
+
+
 def test_every_sample_can_have_its_own_share() -> None:
     z = randn(4, 10)
     shares = torch.tensor([0.0, 0.1, 0.5, 1.0], dtype=z.dtype)

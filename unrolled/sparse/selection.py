@@ -52,22 +52,38 @@ def select_support(
         raise ValueError(f"event_dim is {event_dim}, but z has {z.dim()} dimensions, its shape is {tuple(z.shape)}.")
     magnitude = z.detach().abs()
     flat = magnitude.flatten(-event_dim)
+    n = flat.shape[-1]
     if not isinstance(fraction, Tensor):
-        fraction = most = _unit("fraction", fraction)
-    largest = round(_unit("most", most) * flat.shape[-1])
+        most = _unit("fraction", fraction)
+        fraction = flat.new_tensor(most)
+    largest = round(_unit("most", most) * n)
     if largest == 0:
         return soft_threshold(z, theta)
     if not isinstance(theta, Tensor):
         theta = magnitude.new_tensor(_check.real("theta", theta, minimum=0.0))
-    indices = flat.topk(largest).indices
-    # A mask over the ranks, not a comparison with the smallest selected value: ties must not raise the count.
-    if isinstance(fraction, Tensor):
-        count = (fraction.detach().unsqueeze(-1) * flat.shape[-1]).round()
-        selected = (torch.arange(largest, device=z.device) < count).expand(indices.shape)
+    keep = (magnitude >= theta).flatten(-event_dim)
+    count = (fraction.detach() * n).round().expand(flat.shape[:-1])
+    crowded = keep.sum(-1) > count
+    if _check.can_look_at(crowded):
+        # Ranking takes longer than the rest of a layer: rank only in samples where more than that many pass.
+        if bool(crowded.any()):
+            count = count[crowded]
+            keep[crowded] &= _among_largest(flat[crowded], count, min(largest, int(count.max())))
     else:
-        selected = torch.ones_like(indices, dtype=torch.bool)
-    keep = torch.zeros_like(flat, dtype=torch.bool).scatter(-1, indices, selected).reshape(z.shape)
-    return soft_threshold(z, torch.where(keep & (magnitude >= theta), 0.0, theta))
+        keep = keep & _among_largest(flat, count, largest)
+    return soft_threshold(z, torch.where(keep.reshape(z.shape), 0.0, theta))
+
+
+def _among_largest(
+    magnitude: Tensor,  # (..., n)
+    count: Tensor,  # (...)
+    largest: int,
+) -> Tensor:
+    """Whether an entry is among the `count` largest of its sample; no `count` exceeds `largest`."""
+    indices = magnitude.topk(largest).indices
+    # A mask over the ranks, not a comparison with the smallest selected value: ties must not raise the count.
+    selected = torch.arange(largest, device=magnitude.device) < count.unsqueeze(-1)
+    return torch.zeros_like(magnitude, dtype=torch.bool).scatter(-1, indices, selected)
 
 
 @dataclass(frozen=True)
