@@ -26,6 +26,7 @@ import torch
 from sklearn.decomposition import sparse_encode
 
 from unrolled import fit
+from unrolled.losses import Lasso
 from unrolled.metrics import nmse_db, recovery_report
 from unrolled.operators import Boundary, Convolution
 from unrolled.problems import SparseRecovery
@@ -162,9 +163,6 @@ def spikes(options, size=256, alpha=0.1, num_layers=16):
     A = Convolution(waveforms(32), in_shape=(3, size), boundary=Boundary.CIRCULAR)
     generator = torch.Generator().manual_seed(0)
 
-    def lasso(net, y):
-        return lasso_objective(A, y, net(y), alpha).mean()
-
     def signals():
         while True:
             yield spike_trains(A, 32, generator)[0]
@@ -172,7 +170,7 @@ def spikes(options, size=256, alpha=0.1, num_layers=16):
     nets = {"Step-LISTA": StepLISTA(A, num_layers, alpha=alpha)}
     nets["Step-LISTA with momentum"] = StepLISTA(A, num_layers, alpha=alpha, momentum=True)
     for net in nets.values():
-        fit(net, signals(), lasso, num_steps=options.num_steps, seed=0)
+        fit(net, signals(), Lasso(A, alpha), num_steps=options.num_steps, seed=0)
     y, x = spike_trains(A, options.num_trains, torch.Generator().manual_seed(1))
     with torch.no_grad():
         least = lasso_objective(A, y, fista(A, y, alpha, num_iters=options.solver_iters), alpha)

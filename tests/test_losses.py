@@ -5,6 +5,8 @@ import torch
 
 from unrolled import LISTA, Trace, solvers
 from unrolled.losses import CodeError, Lasso
+from unrolled.operators import Convolution
+from unrolled.sparse import StepLISTA
 
 F64, C128 = torch.float64, torch.complex128
 
@@ -39,6 +41,22 @@ def test_lasso_teaches_the_network_and_nothing_else():
         solvers.lasso_objective(dictionary.detach(), y, net(y), 0.7).mean(), net.parameters()
     )
     torch.testing.assert_close([p.grad for p in net.parameters()], list(expected))
+
+
+def test_lasso_takes_an_operator():
+    kernel = torch.nn.Parameter(randn(2, 3, 4))
+    A = Convolution(kernel, (3, 8))
+    net = StepLISTA(A, 3, alpha=0.3)
+    y = randn(5, *A.out_shape, seed=1)
+    loss = Lasso(A, alpha=0.7)
+    value = loss(net, y)
+    torch.testing.assert_close(value, solvers.lasso_objective(A, y, net(y), 0.7).mean())
+    assert not any(parameter.requires_grad for parameter in loss.parameters()) and kernel.requires_grad
+    with torch.no_grad():
+        kernel.mul_(2.0)  # the caller goes on to learn it: the loss stays what it was
+    x = net(y).detach()
+    before = solvers.lasso_objective(Convolution(kernel.detach() / 2, (3, 8)), y, x, 0.7).mean()
+    torch.testing.assert_close(loss(lambda y: x, y), before)
 
 
 def test_lasso_keeps_the_dictionary_it_was_given():

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from unrolled import _check
+from unrolled.operators import LinearOperator
 from unrolled.solvers import lasso_objective
 from unrolled.unroll import Unroll
 
@@ -16,7 +18,8 @@ class Lasso(nn.Module):
     r"""$\frac1B \sum_i \tfrac12\|y_i - D x_i\|^2 + \alpha \|x_i\|_1$ with $x_i$ = net($y_i$): needs no known codes.
 
     Args:
-        dictionary: $D$, (m, n), atoms as columns. It stays fixed: only the network learns.
+        dictionary: $D$, (m, n), atoms as columns, or a `LinearOperator`. The loss keeps a copy, which stays fixed: only
+            the network learns.
         alpha: weight of the l1 norm, positive; the network's own for a faster solver of the same problem.
         supervision: weight of the mean objective of all layers before the last one, which is added to that of the last
             (deep supervision). At 1 a network trains faster and more surely than at 0, and stays good when it is cut
@@ -26,15 +29,17 @@ class Lasso(nn.Module):
         >>> fit(net, batches, Lasso(dictionary, alpha=0.1), num_steps=300)   # doctest: +SKIP
     """
 
-    dictionary: Tensor
+    dictionary: Tensor | LinearOperator
 
-    def __init__(self, dictionary: Tensor, alpha: float, *, supervision: float = 0.0) -> None:
+    def __init__(self, dictionary: Tensor | LinearOperator, alpha: float, *, supervision: float = 0.0) -> None:
         super().__init__()
         self.alpha = _check.real("alpha", alpha, above=0.0)
         self.supervision = _check.real("supervision", supervision, minimum=0.0)
-        self.register_buffer(
-            "dictionary", _check.dictionary("dictionary", dictionary, allow_complex=True).detach().clone()
-        )
+        if isinstance(dictionary, LinearOperator):
+            self.dictionary = copy.deepcopy(dictionary).requires_grad_(False)
+        else:
+            _check.dictionary("dictionary", dictionary, allow_complex=True)
+            self.register_buffer("dictionary", dictionary.detach().clone())
 
     def forward(self, net: nn.Module, y: Tensor) -> Tensor:
         if self.supervision == 0:
