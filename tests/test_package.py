@@ -30,7 +30,7 @@ RANKS = [
     {"functional", "operators", "metrics"},
     {"solvers", "step", "gradient", "stopping"},
     {"unroll"},
-    {"momentum", "shrinkage"},
+    {"momentum", "shrinkage", "autoencoder"},
     {"sparse", "lowrank", "crf", "cluster", "image"},
     {"problems", "losses", "trace", "report", "training", "decoupled"},
     {"recipes"},
@@ -43,7 +43,7 @@ RANK = {room: rank for rank, rooms in enumerate(RANKS) for room in rooms}
 TOGETHER = [{"step", "gradient", "stopping"}, {"problems", "losses", "training"}]
 ONE_WAY = {("operators", "functional"), ("__main__", "demo")}
 # Rooms that are held to less than their row allows.
-ONLY = {"momentum": {"_check", "_tree", "step"}}
+ONLY = {"momentum": {"_check", "_tree", "step"}, "autoencoder": {"_check", "functional"}}
 # Libraries that only these rooms may import, wherever in the file.
 CONFINED = {"sklearn": {"estimators", "demo", "__main__"}, "matplotlib": {"plot"}}
 # Libraries that nobody imports while being imported.

@@ -10,6 +10,7 @@ from . import recipes as recipes
 from . import solvers as solvers
 from . import sparse as sparse
 from . import training as training
+from .autoencoder import Autoencoder as Autoencoder
 from .gradient import Backprop as Backprop
 from .gradient import Checkpointed as Checkpointed
 from .gradient import Truncated as Truncated

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from unrolled import _check
+from unrolled.autoencoder import Autoencoder
 from unrolled.operators import LinearOperator
 from unrolled.solvers import lasso_objective
 from unrolled.unroll import Unroll
@@ -42,24 +44,85 @@ class Lasso(nn.Module):
             self.register_buffer("dictionary", dictionary.detach().clone())
 
     def forward(self, net: nn.Module, y: Tensor) -> Tensor:
-        if self.supervision == 0:
-            return self._objective(y, net(y))
-        if not isinstance(net, Unroll):
-            raise TypeError(
-                f"net must be an Unroll for supervision={self.supervision:g}, got {type(net).__name__}. Pass the "
-                "network itself, or supervision=0."
-            )
-        *earlier, last = net.iterates(y)
-        total = self._objective(y, last)
-        if earlier:
-            total = total + self.supervision * torch.stack([self._objective(y, x) for x in earlier]).mean()
-        return total
+        def objective(x: Tensor) -> Tensor:
+            return lasso_objective(self.dictionary, y, x, self.alpha).mean()
 
-    def _objective(self, y: Tensor, x: Tensor) -> Tensor:
-        return lasso_objective(self.dictionary, y, x, self.alpha).mean()
+        return _supervised(net, y, objective, self.supervision)
 
     def extra_repr(self) -> str:
-        return f"alpha={self.alpha:g}" + (f", supervision={self.supervision:g}" if self.supervision else "")
+        return _describe(self.alpha, self.supervision)
+
+
+class DictionaryLearning(nn.Module):
+    r"""$\frac1B \sum_i \tfrac12\|y_i - D x_i\|^2 + \alpha \|x_i\|_1$ where codes and dictionary both learn.
+
+    The network is an `Autoencoder`: $x_i$ = net($y_i$), and $D$ is its dictionary of unit atoms.
+
+    Args:
+        alpha: weight of the l1 norm, positive.
+        supervision: weight of the mean objective of all layers before the last one, as in `Lasso`; the encoder must
+            then be an `Unroll`.
+
+    Example:
+        >>> net = Autoencoder(LISTA(D, 8, alpha=0.1), D)                     # doctest: +SKIP
+        >>> fit(net, batches, DictionaryLearning(alpha=0.1), num_steps=300)  # doctest: +SKIP
+    """
+
+    def __init__(self, alpha: float, *, supervision: float = 0.0) -> None:
+        super().__init__()
+        self.alpha = _check.real("alpha", alpha, above=0.0)
+        self.supervision = _check.real("supervision", supervision, minimum=0.0)
+
+    def forward(self, net: nn.Module, y: Tensor) -> Tensor:
+        model = _autoencoder(net)
+        dictionary = model.dictionary
+
+        def objective(x: Tensor) -> Tensor:
+            return lasso_objective(dictionary, y, x, self.alpha).mean()
+
+        # A wrapper, as of a distributed network, must be called itself, which leaves no way to the inner layers.
+        encoder = model.encoder if net is model and self.supervision > 0 else net
+        return _supervised(encoder, y, objective, self.supervision)
+
+    def extra_repr(self) -> str:
+        return _describe(self.alpha, self.supervision)
+
+
+class Classification(nn.Module):
+    r"""Cross entropy of the head's scores + `weight` times the objective of `DictionaryLearning`; batches (y, labels).
+
+    The network is an `Autoencoder` with a head. The objective keeps the codes sparse and faithful while the labels
+    shape them.
+
+    Args:
+        alpha: weight of the l1 norm in the objective, positive.
+        weight: weight of the objective beside the cross entropy, at least 0; at 0 only the labels count.
+
+    Example:
+        >>> net = Autoencoder(LISTA(D, 8, alpha=0.1), D, head=torch.nn.Linear(100, 10))     # doctest: +SKIP
+        >>> fit(net, loader, Classification(alpha=0.1, weight=0.1), num_steps=300)          # doctest: +SKIP
+    """
+
+    def __init__(self, alpha: float, *, weight: float) -> None:
+        super().__init__()
+        self.alpha = _check.real("alpha", alpha, above=0.0)
+        self.weight = _check.real("weight", weight, minimum=0.0)
+
+    def forward(self, net: nn.Module, batch: tuple[Tensor, Tensor] | list[Any]) -> Tensor:
+        y, labels = _pair(batch, "signals and labels", "labels")
+        model = _autoencoder(net)
+        if model.head is None:
+            raise ValueError(
+                "net has no head. Give it one: Autoencoder(encoder, dictionary, head=torch.nn.Linear(...))."
+            )
+        x = net(y)
+        loss = nn.functional.cross_entropy(model.head(x), labels)
+        if self.weight > 0:
+            loss = loss + self.weight * lasso_objective(model.dictionary, y, x, self.alpha).mean()
+        return loss
+
+    def extra_repr(self) -> str:
+        return f"alpha={self.alpha:g}, weight={self.weight:g}"
 
 
 class CodeError(nn.Module):
@@ -77,10 +140,7 @@ class CodeError(nn.Module):
         self.log = log
 
     def forward(self, net: nn.Module, batch: tuple[Tensor, Tensor] | list[Any]) -> Tensor:
-        if not isinstance(batch, tuple | list) or len(batch) != 2:
-            what = f"{len(batch)} parts" if isinstance(batch, tuple | list) else type(batch).__name__
-            raise TypeError(f"batch must be a pair (y, x) of signals and codes, got {what}.")
-        y, x = batch
+        y, x = _pair(batch, "signals and codes", "x")
         found = net(y)
         if found.shape != x.shape:
             raise ValueError(
@@ -91,3 +151,40 @@ class CodeError(nn.Module):
 
     def extra_repr(self) -> str:
         return f"log={self.log}"
+
+
+def _supervised(net: nn.Module, y: Tensor, objective: Callable[[Tensor], Tensor], supervision: float) -> Tensor:
+    """The objective of the last layer, plus `supervision` times the mean of those before."""
+    if supervision == 0:
+        return objective(net(y))
+    if not isinstance(net, Unroll):
+        raise TypeError(
+            f"net must be an Unroll for supervision={supervision:g}, got {type(net).__name__}. Pass the "
+            "network itself, or supervision=0."
+        )
+    *earlier, last = net.iterates(y)
+    total = objective(last)
+    if earlier:
+        total = total + supervision * torch.stack([objective(x) for x in earlier]).mean()
+    return total
+
+
+def _autoencoder(net: nn.Module) -> Autoencoder:
+    """The network itself, or what a distributed or compiled one wraps."""
+    model = getattr(net, "module", getattr(net, "_orig_mod", net))
+    if not isinstance(model, Autoencoder):
+        raise TypeError(
+            f"net must be an Autoencoder, got {type(net).__name__}. Wrap the encoder: Autoencoder(encoder, dictionary)."
+        )
+    return model
+
+
+def _pair(batch: Any, what: str, second: str) -> tuple[Tensor, Tensor]:
+    if not isinstance(batch, tuple | list) or len(batch) != 2:
+        came = f"{len(batch)} parts" if isinstance(batch, tuple | list) else type(batch).__name__
+        raise TypeError(f"batch must be a pair (y, {second}) of {what}, got {came}.")
+    return batch[0], batch[1]
+
+
+def _describe(alpha: float, supervision: float) -> str:
+    return f"alpha={alpha:g}" + (f", supervision={supervision:g}" if supervision else "")
