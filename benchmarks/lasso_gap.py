@@ -28,6 +28,7 @@ from unrolled import LISTA, fit
 from unrolled.demo.data import choose, learn_dictionary, sample_photograph, unit_patches
 from unrolled.losses import Lasso
 from unrolled.solvers import fista, ista, lasso_objective
+from unrolled.training import default_optimizer
 
 ALPHA, K, STEPS, BATCH, SUPERVISION = 0.1, 16, 300, 128, 1.0
 
@@ -35,11 +36,7 @@ ALPHA, K, STEPS, BATCH, SUPERVISION = 0.1, 16, 300, 128, 1.0
 def train(net: LISTA, dictionary: Tensor, patches: Tensor, generator: torch.Generator) -> float:
     """Train on the objective; returns the CPU seconds."""
     batches = (choose(patches, BATCH, generator) for _ in iter(int, 1))
-    rates = [
-        {"params": [p for p in net.parameters() if p.dim() >= 2], "lr": 2e-3},
-        {"params": [p for p in net.parameters() if p.dim() < 2], "lr": 2e-2},
-    ]
-    optimizer = torch.optim.Adam(rates)
+    optimizer = default_optimizer(net, lr=2e-3)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
     loss = Lasso(dictionary, ALPHA, supervision=SUPERVISION)
     return fit(net, batches, loss, num_steps=STEPS, optimizer=optimizer, scheduler=scheduler).seconds

@@ -21,7 +21,7 @@ from unrolled.gradient import Truncated
 from unrolled.losses import Lasso
 from unrolled.sparse import LISTA
 from unrolled.step import Step
-from unrolled.training import History, fit, fit_stagewise, freeze, unfreeze
+from unrolled.training import History, default_optimizer, fit, fit_stagewise, freeze, unfreeze
 from unrolled.unroll import Unroll
 
 
@@ -111,6 +111,20 @@ def test_default_optimizer_is_adam_with_two_rates():
     fit(net, BATCHES, error, num_steps=5)
     fit(plain, BATCHES, error, num_steps=5, optimizer=torch.optim.Adam(groups))
     assert same(weights(net), weights(plain))
+
+
+def test_the_default_optimizer_leaves_out_what_is_frozen():
+    net = network()
+    freeze(net, "*matrix")
+    matrices, others = default_optimizer(net, lr=2e-3).param_groups
+    assert (matrices["lr"], others["lr"]) == (2e-3, 2e-2)
+    assert set(matrices["params"]) == {p for key, p in net.named_parameters() if key.endswith("weight")}
+    assert set(others["params"]) == {p for key, p in net.named_parameters() if key.endswith("bias")}
+    freeze(net, "*")
+    with pytest.raises(ValueError, match="nothing to train"):
+        default_optimizer(net)
+    with pytest.raises(ValueError, match="lr must be greater than 0"):
+        default_optimizer(network(), lr=0.0)
 
 
 def test_learns_a_faster_solver():

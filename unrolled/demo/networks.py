@@ -13,7 +13,7 @@ from torch import Tensor
 from unrolled import solvers
 from unrolled.momentum import Momentum
 from unrolled.sparse import LISTA
-from unrolled.training import fit
+from unrolled.training import default_optimizer, fit
 from unrolled.training.loop import Loss
 
 ALPHA = 0.1  # weight of the l1 norm, for patches and atoms of norm 1
@@ -46,12 +46,8 @@ def config(size: Size, alpha: float, *, momentum: bool) -> dict[str, Any]:
 
 
 def train(net: LISTA, batches: Iterator[Any], loss: Loss, steps: int) -> None:
-    """Adam, faster for thresholds and momentum than for matrices, both rates falling to 0 along a cosine."""
-    rates = [
-        {"params": [p for p in net.parameters() if p.dim() >= 2], "lr": 2e-3},
-        {"params": [p for p in net.parameters() if p.dim() < 2], "lr": 2e-2},
-    ]
-    optimizer = torch.optim.Adam(rates)
+    """Adam, its rates falling to 0 along a cosine."""
+    optimizer = default_optimizer(net, lr=2e-3)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     fit(net, batches, loss, num_steps=steps, optimizer=optimizer, scheduler=scheduler, progress=True)
 

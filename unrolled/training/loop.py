@@ -21,6 +21,35 @@ from unrolled.training.run import Loss, Run
 Callback = Callable[[int, float, nn.Module], Any]
 
 
+def default_optimizer(net: nn.Module, lr: float = 1e-3) -> Optimizer:
+    """Adam with the rate `lr` for matrices and 10 `lr` for numbers and vectors, such as logarithms of thresholds.
+
+    Matrices have many entries that are each small; a step that suits a threshold would ruin them. This is what `fit`
+    takes where no optimizer is given.
+
+    Args:
+        net: the network; what is frozen is left out.
+        lr: the rate of matrices, positive.
+
+    Raises:
+        TypeError, ValueError: `lr` is not positive, or nothing of the network requires a gradient.
+
+    Example:
+        >>> optimizer = default_optimizer(net, lr=2e-3)                                        # doctest: +SKIP
+        >>> scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 300)             # doctest: +SKIP
+        >>> fit(net, batches, loss, num_steps=300, optimizer=optimizer, scheduler=scheduler)   # doctest: +SKIP
+    """
+    _check.real("lr", lr, above=0.0)
+    trainable = [p for p in net.parameters() if p.requires_grad]
+    if not trainable:
+        raise ValueError("net has nothing to train: no parameter requires a gradient. See unrolled.unfreeze.")
+    groups = [
+        {"params": [p for p in trainable if p.dim() >= 2], "lr": lr},
+        {"params": [p for p in trainable if p.dim() < 2], "lr": 10 * lr},
+    ]
+    return torch.optim.Adam([group for group in groups if group["params"]])
+
+
 def fit(
     net: nn.Module,
     batches: Iterable[Any],
@@ -53,8 +82,8 @@ def fit(
             such as a generator, must last for `num_steps`.
         loss: `loss(net, batch)`, a scalar Tensor; see `unrolled.losses`.
         num_steps: how many updates K, at least 1; with a checkpoint, those done before included.
-        optimizer: any whose `step()` needs no closure; by default Adam on the parameters that require gradients, at a
-            learning rate of 1e-3 for those of two or more dimensions and 1e-2 for vectors and scalars.
+        optimizer: any whose `step()` needs no closure; by default `default_optimizer(net)`, which is Adam at a
+            learning rate of 1e-3 for matrices and 1e-2 for vectors and numbers.
         scheduler: its `step()` is called after every update.
         callbacks: each is called as `callback(step, loss, net)` after every update, with the number of updates done
             and the loss before the last; if one returns True, the training ends.
@@ -90,7 +119,7 @@ def fit(
     _check.integer("num_steps", num_steps)
     _check.integer("checkpoint_every", checkpoint_every)
     path = None if checkpoint is None else _writable(checkpoint)
-    optimizer = _adam(net) if optimizer is None else _checked_optimizer(optimizer, net)
+    optimizer = default_optimizer(net) if optimizer is None else _checked_optimizer(optimizer, net)
     _check_scheduler(scheduler, optimizer, resumable=path is not None)
 
     run = Run(net, batches, loss, optimizer, scheduler)
@@ -128,15 +157,6 @@ def check_arguments(net: Any, batches: Any, loss: Any, callbacks: Any) -> None:
         raise TypeError(f"loss must be a function loss(net, batch) or an object called like one, got {loss!r}.")
     if not isinstance(callbacks, Sequence) or not all(callable(callback) for callback in callbacks):
         raise TypeError(f"callbacks must be a list of functions callback(step, loss, net), got {callbacks!r}.")
-
-
-def _adam(net: nn.Module) -> Optimizer:
-    trainable = [p for p in net.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if p.dim() >= 2], "lr": 1e-3},
-        {"params": [p for p in trainable if p.dim() < 2], "lr": 1e-2},
-    ]
-    return torch.optim.Adam([group for group in groups if group["params"]])
 
 
 def _checked_optimizer(optimizer: Any, net: nn.Module) -> Optimizer:
