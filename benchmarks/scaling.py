@@ -1,4 +1,4 @@
-"""Claim: 16 trained layers code 1000 signals five times faster than OMP, and fifty times faster than the Lasso.
+"""Claim: 16 layers code 1000 signals six times faster than OMP, and seventy times faster than the Lasso.
 
 The claim is measured at 250 x 500, noiseless, 10 % nonzeros: HyperLISTA, which is not trained, and ALISTA after
 seconds of training, against OMP with a few atoms to spare, OMP up to a residual of zero, and the Lasso at a small

@@ -46,6 +46,7 @@ def test_every_guide_has_blocks():
         "getting-started",
         "gradients",
         "index",
+        "l0",
         "lista",
         "own-step",
         "training",

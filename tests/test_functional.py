@@ -29,6 +29,7 @@ THRESHOLDS = {
     "soft": lambda x: F.soft_threshold(x, 0.4),
     "positive": lambda x: F.positive_soft_threshold(x, 0.4),
     "hard": lambda x: F.hard_threshold(x, 0.4),
+    "helu": lambda x: F.helu(x, 1.1, 7 / 11),  # from 0.4 to 1.1
     "firm": lambda x: F.firm_threshold(x, 0.4, 1.1),
     "top_k": lambda x: F.top_k_threshold(x, 2),
 }
@@ -199,6 +200,37 @@ def test_firm_by_its_definition_and_limits(x, lower, gap):
     torch.testing.assert_close(F.firm_threshold(x, 0.0, upper), x, rtol=0, atol=1e-14)
 
 
+@properties
+@given(vectors, st.floats(0.01, 3), st.floats(0.01, 1))
+def test_helu_by_its_published_pieces(x, t, s):
+    u = x / t
+    ramps = torch.where(u > 0, (u - 1 + s) / s, (u + 1 - s) / s)
+    expected = t * torch.where(u.abs() <= 1 - s, 0.0, torch.where(u.abs() < 1, ramps, u))
+    # The ramp is 1 / s as steep as the rounding of x / t, which may be 10 / 0.01, lets it know.
+    torch.testing.assert_close(F.helu(x, t, s), expected, rtol=1e-12, atol=1e-11)
+    torch.testing.assert_close(F.helu(x, t, s), F.firm_threshold(x, (1 - s) * t, t), rtol=1e-12, atol=1e-11)
+    torch.testing.assert_close(F.helu(x, t, 1.0), x, rtol=1e-12, atol=1e-12)
+
+
+@properties
+@given(vectors | complex_vectors, thresholds)
+def test_helu_without_slope_is_the_hard_threshold(x, t):
+    hard = F.hard_threshold(x, t)
+    assert torch.equal(F.helu(x, t, 0.0), hard)
+    assert torch.equal(F.helu(x, t, torch.tensor(0.0, dtype=torch.float64)), hard)
+    beside = torch.where((x.abs() - t).abs() <= 1e-6 * t, 0.0, x)  # where a ramp of that width is
+    assert torch.equal(F.helu(beside, t, 1e-6), F.hard_threshold(beside, t))
+
+
+@properties
+@given(vectors, vectors, st.floats(0.01, 3), st.floats(0.01, 1))
+def test_helu_is_continuous_and_monotone_for_any_slope(x, y, t, s):
+    a, b = F.helu(x, t, s), F.helu(y, t, s)
+    # Steepest on the ramp.
+    assert bool(((a - b).abs() <= (x - y).abs() / s * (1 + 1e-9) + 1e-12).all())
+    assert bool(((a - b) * (x - y) >= -1e-12).all())
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
 @pytest.mark.parametrize("dim", [0, 1, -1])
 def test_top_k_is_the_best_sparse_approximation(dtype, dim):
@@ -345,6 +377,10 @@ def test_gradient_in_thresholds(dtype):
     u = torch.tensor(1.1).double().requires_grad_()
     assert gradcheck(F.soft_threshold, (x, t))
     assert gradcheck(F.firm_threshold, (x, t, u))
+    slope = torch.linspace(0.7, 0.9, 5).double().requires_grad_()
+    ramp = (x.abs() > (1 - slope) * 2 * t) & (x.abs() < 2 * t)
+    assert int(ramp.any(0).sum()) >= 3  # columns where there is a gradient
+    assert gradcheck(lambda x, t, slope: F.helu(x, 2 * t, slope), (x, t, slope))
     radius = torch.tensor([[0.3], [0.5], [100.0]]).double().requires_grad_()
     assert gradcheck(F.project_l2_ball, (x, radius))
     if not dtype.is_complex:
@@ -369,12 +405,24 @@ def test_gradients_at_the_kinks_are_zero(dtype):
         assert x.grad.tolist() == [0, 0, 0]
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+def test_helu_has_finite_gradients_at_slope_0_and_a_threshold_of_any_size(dtype):
+    """Its unused ramp has the slope 1 / s."""
+    for t in (0.0, 1e-300, 0.5, 1e300):
+        x = torch.tensor([0.0, t, -t, 2 * t, -3.0, 1e300], dtype=dtype, requires_grad=True)
+        threshold, slope = (torch.tensor(value, dtype=torch.float64, requires_grad=True) for value in (t, 0.0))
+        answer = F.helu(x, threshold, slope)
+        answer.real.sum().backward()
+        assert torch.equal(x.grad, (x.abs() > t).to(dtype))
+        assert threshold.grad == 0 and bool(slope.grad.isfinite())
+
+
 @pytest.mark.parametrize("dtype", COMPLEX)
 def test_complex_subnormals_do_not_become_nan(dtype):
     tiny = torch.finfo(dtype).tiny
     x = torch.full((20,), tiny / 64 * 1j, dtype=dtype)
     x[0] = 1.0
-    for name in ("soft", "firm", "hard", "l2_ball"):
+    for name in ("soft", "firm", "hard", "helu", "l2_ball"):
         leaf = x.clone().requires_grad_()
         answer = MAPS[name](leaf)
         torch.view_as_real(answer).square().sum().backward()  # abs would have the NaN in its own gradient
@@ -394,7 +442,7 @@ def test_gradient_passes_where_kept(name, dtype):
     assert torch.equal(gradient, torch.where(answer != 0, upstream, 0.0))
 
 
-@pytest.mark.parametrize("name", ["soft", "positive", "hard", "top_k", "firm"])
+@pytest.mark.parametrize("name", ["soft", "positive", "hard", "helu", "top_k", "firm"])
 def test_nan_is_not_swallowed(name):
     x = torch.tensor([math.nan, 0.1, 2.0])
     assert torch.isnan(THRESHOLDS[name](x)).tolist() == [True, False, False]
@@ -578,6 +626,10 @@ def test_operator_norm_under_transforms():
         (lambda x: F.positive_soft_threshold(x + 0j, 1), TypeError, "x must be floating point"),
         (lambda x: F.hard_threshold(x, -1), ValueError, "threshold must be at least 0"),
         (lambda x: F.hard_threshold(x.bool(), 1), TypeError, "x must be floating point"),
+        (lambda x: F.helu(x, -1, 0.2), ValueError, "threshold must be at least 0"),
+        (lambda x: F.helu(x, 1, -0.1), ValueError, "slope must be at least 0"),
+        (lambda x: F.helu(x, 1, 1.5), ValueError, "slope must be at most 1, got 1.5"),
+        (lambda x: F.helu(x.int(), 1, 0.5), TypeError, "x must be floating point"),
         (lambda x: F.firm_threshold(x, -1, 1), ValueError, "lower must be at least 0"),
         (lambda x: F.firm_threshold(x, 1, 1), ValueError, "upper must be greater than 1.*hard_threshold"),
         (lambda x: F.firm_threshold(x, 1, math.inf), ValueError, "upper must be finite"),

@@ -23,6 +23,8 @@ from .sparse import LISTA as LISTA
 from .sparse import LISTACP as LISTACP
 from .sparse import NAALISTA as NAALISTA
 from .sparse import HyperLISTA as HyperLISTA
+from .sparse import L0Encoder as L0Encoder
+from .sparse import MSparseEncoder as MSparseEncoder
 from .sparse import StepLISTA as StepLISTA
 from .sparse import TiLISTA as TiLISTA
 from .step import Step as Step

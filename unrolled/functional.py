@@ -103,6 +103,51 @@ def hard_threshold(x: Tensor, threshold: float | Tensor) -> Tensor:
     return torch.where(x.detach().abs() <= _threshold("threshold", threshold, x), 0.0, x)
 
 
+def helu(x: Tensor, threshold: float | Tensor, slope: float | Tensor) -> Tensor:
+    r"""$h(x) = 0$ up to $|x| = (1 - s) t$, $x$ from $|x| = t$ on, $\mathrm{sgn}(x)\,(|x| - (1 - s) t) / s$ in between.
+
+    The hard threshold with its jump replaced by a ramp, so that a gradient reaches the threshold: there
+    $\partial h / \partial t = -\mathrm{sgn}(x) (1 - s) / s$. At $s = 0$ it is `hard_threshold`, at $s = 1$ the
+    identity, and in between `firm_threshold` from $(1 - s) t$ to $t$.
+
+    Args:
+        x: real or complex tensor.
+        threshold: $t \ge 0$, a float or a real tensor that broadcasts with `x`.
+        slope: $s$, the width of the ramp as a fraction of the threshold, from 0 to 1; a float or a real tensor that
+            broadcasts with `x`.
+
+    Shape:
+        - Output: the shapes of all three broadcast together, with the dtype of `x`.
+
+    Raises:
+        ValueError, TypeError: for a negative or non-finite float, a slope above 1, complex thresholds or slopes, an `x`
+            of integers.
+
+    Example:
+        >>> helu(torch.tensor([-2.0, 0.5, 0.875, 1.0]), 1.0, 0.25)
+        tensor([-2.0000,  0.0000,  0.5000,  1.0000])
+
+    Reference:
+        Z. Wang, Q. Ling and T. S. Huang, "Learning Deep l0 Encoders", AAAI 2016.
+    """
+    _check.tensor("x", x, allow_complex=True)
+    t, s = _threshold("threshold", threshold, x), _threshold("slope", slope, x)
+    if isinstance(s, float):
+        if s > 1:
+            raise ValueError(f"slope must be at most 1, got {slope}. It is a fraction of the threshold.")
+        if s == 0:
+            return hard_threshold(x, t)
+    if x.is_complex():
+        x = _without_subnormals(x)
+    modulus = x.abs()
+    # Cut off at t, so that the ramp is finite, and its derivatives too, where x is taken in its place. At s = 0, which
+    # a tensor may hold, nothing rises above 0.
+    ceiling = modulus.clamp(max=t) if isinstance(t, float) else torch.minimum(modulus, t)
+    height = torch.relu(ceiling - (1 - s) * t)
+    ramp = height / (s.clamp(min=torch.finfo(s.dtype).eps) if isinstance(s, Tensor) else s)
+    return torch.where(modulus > t, x, torch.sgn(x) * ramp)
+
+
 def firm_threshold(x: Tensor, lower: float | Tensor, upper: float | Tensor) -> Tensor:
     r"""$F(x) = 0$ up to $|x| = l$, $x$ from $|x| = u$ on, and $\mathrm{sgn}(x)\,u\,(|x| - l) / (u - l)$ in between.
 
@@ -136,6 +181,35 @@ def firm_threshold(x: Tensor, lower: float | Tensor, upper: float | Tensor) -> T
     modulus = x.abs()
     # The middle line lies below |x| before u and above it behind, so that the smaller one is the right one.
     return torch.sgn(x) * torch.minimum(modulus, torch.relu(modulus - l) * (u / (u - l)))
+
+
+def double_tanh(x: Tensor, threshold: float | Tensor) -> Tensor:
+    r"""$\tanh(x + u) + \tanh(x - u)$, a smooth shrinkage with plateaus at -2, 0 and 2.
+
+    Odd and increasing. Its slope at 0 is $2 (1 - \tanh^2 u)$, never 0: small values become smaller but not zero, and
+    that only where $u > \mathrm{artanh}(1/\sqrt2) \approx 0.88$. Unlike the thresholds it has a scale of its own: it
+    stays below 2, so that the units of `x` matter.
+
+    Args:
+        x: real tensor.
+        threshold: $u \ge 0$, a float or a real tensor that broadcasts with `x`.
+
+    Shape:
+        - Output: the shapes of `x` and `threshold` broadcast together, with the dtype of `x`.
+
+    Raises:
+        ValueError, TypeError: for a negative or non-finite float, a complex or integer `x`, a complex threshold.
+
+    Example:
+        >>> double_tanh(torch.tensor([-9.0, 0.0, 0.1, 9.0]), 2.0)
+        tensor([-2.0000,  0.0000,  0.0142,  2.0000])
+
+    Reference:
+        J. T. Zhou et al., "SC2Net: Sparse LSTMs for Sparse Coding", AAAI 2018.
+    """
+    _check.tensor("x", x)
+    u = _threshold("threshold", threshold, x)
+    return torch.tanh(x + u) + torch.tanh(x - u)
 
 
 def top_k_threshold(x: Tensor, k: int, dim: int = -1) -> Tensor:

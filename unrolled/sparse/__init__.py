@@ -15,6 +15,11 @@ from .hyperlista import HyperLISTAStep as HyperLISTAStep
 from .ista import LISTA as LISTA
 from .ista import FactoredLISTAStep as FactoredLISTAStep
 from .ista import LISTAStep as LISTAStep
+from .l0 import AnnealSlope as AnnealSlope
+from .l0 import L0Encoder as L0Encoder
+from .l0 import L0EncoderStep as L0EncoderStep
+from .l0 import MSparseEncoder as MSparseEncoder
+from .l0 import MSparseEncoderStep as MSparseEncoderStep
 from .lamp import LAMP as LAMP
 from .lamp import LAMPStep as LAMPStep
 from .lfista import LFISTA as LFISTA
