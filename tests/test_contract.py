@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import systems
+import systems_features
 import systems_l0
 import systems_sparse
 import torch
@@ -21,7 +22,7 @@ from unrolled import Checkpointed, Tolerance, Truncated, Unroll
 BATCH = 3
 EXACT = {"rtol": 0.0, "atol": 1e-12}  # the same float64 operations, perhaps in another order
 
-SYSTEMS = [*systems.SYSTEMS, *systems_sparse.SYSTEMS, *systems_l0.L0_SYSTEMS]
+SYSTEMS = [*systems.SYSTEMS, *systems_sparse.SYSTEMS, *systems_l0.L0_SYSTEMS, *systems_features.FEATURE_SYSTEMS]
 every_system = pytest.mark.parametrize("system", SYSTEMS, ids=lambda system: system.name)
 
 

@@ -49,6 +49,7 @@ def test_every_guide_has_blocks():
         "l0",
         "lista",
         "own-step",
+        "sc2net",
         "training",
         "which-lista",
     }

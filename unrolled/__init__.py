@@ -22,9 +22,11 @@ from .sparse import LFISTA as LFISTA
 from .sparse import LISTA as LISTA
 from .sparse import LISTACP as LISTACP
 from .sparse import NAALISTA as NAALISTA
+from .sparse import AdaptiveISTA as AdaptiveISTA
 from .sparse import HyperLISTA as HyperLISTA
 from .sparse import L0Encoder as L0Encoder
 from .sparse import MSparseEncoder as MSparseEncoder
+from .sparse import SC2Net as SC2Net
 from .sparse import StepLISTA as StepLISTA
 from .sparse import TiLISTA as TiLISTA
 from .step import Step as Step

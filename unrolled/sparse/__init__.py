@@ -1,5 +1,8 @@
 """Sparse coding networks: one system a file."""
 
+from .adaptive import AdaptiveISTA as AdaptiveISTA
+from .adaptive import AdaptiveISTAStep as AdaptiveISTAStep
+from .adaptive import CellState as CellState
 from .alista import ALISTA as ALISTA
 from .alista import ALISTAStep as ALISTAStep
 from .alista import TiLISTA as TiLISTA
@@ -26,6 +29,10 @@ from .lfista import LFISTA as LFISTA
 from .lfista import LFISTAStep as LFISTAStep
 from .naalista import NAALISTA as NAALISTA
 from .naalista import NAALISTAStep as NAALISTAStep
+from .sc2net import CentredGates as CentredGates
+from .sc2net import SC2Net as SC2Net
+from .sc2net import SC2NetStep as SC2NetStep
+from .sc2net import SigmoidGates as SigmoidGates
 from .selection import SupportSelection as SupportSelection
 from .selection import select_support as select_support
 from .steplista import StepLISTA as StepLISTA
