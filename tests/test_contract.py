@@ -12,6 +12,7 @@ import pytest
 import systems
 import systems_features
 import systems_l0
+import systems_lowrank
 import systems_sparse
 import torch
 from systems import System
@@ -22,7 +23,13 @@ from unrolled import Checkpointed, Tolerance, Truncated, Unroll
 BATCH = 3
 EXACT = {"rtol": 0.0, "atol": 1e-12}  # the same float64 operations, perhaps in another order
 
-SYSTEMS = [*systems.SYSTEMS, *systems_sparse.SYSTEMS, *systems_l0.L0_SYSTEMS, *systems_features.FEATURE_SYSTEMS]
+SYSTEMS = [
+    *systems.SYSTEMS,
+    *systems_sparse.SYSTEMS,
+    *systems_l0.L0_SYSTEMS,
+    *systems_features.FEATURE_SYSTEMS,
+    *systems_lowrank.LOWRANK_SYSTEMS,
+]
 every_system = pytest.mark.parametrize("system", SYSTEMS, ids=lambda system: system.name)
 
 

@@ -48,6 +48,7 @@ def test_every_guide_has_blocks():
         "index",
         "l0",
         "lista",
+        "lowrank",
         "own-step",
         "sc2net",
         "training",

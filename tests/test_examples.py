@@ -132,3 +132,12 @@ def test_training_and_test_patches_come_from_different_images():
     training, test = example.held_out([only])
     np.testing.assert_array_equal(np.concatenate(training + test), only)
     assert len(training[0]) == 15
+
+
+def test_background(tmp_path):
+    printed = run("background.py", "--smoke", "--out", tmp_path)
+    assert "F-measure" in printed
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    *_, encoder = rows.values()
+    assert encoder["f_measure"] > 0.9 and abs(encoder["gap"]) < 0.1
+    assert is_png(tmp_path / "background.png")

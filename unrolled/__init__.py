@@ -3,6 +3,7 @@
 from . import functional as functional
 from . import gradient as gradient
 from . import losses as losses
+from . import lowrank as lowrank
 from . import metrics as metrics
 from . import operators as operators
 from . import problems as problems
@@ -14,6 +15,9 @@ from .autoencoder import Autoencoder as Autoencoder
 from .gradient import Backprop as Backprop
 from .gradient import Checkpointed as Checkpointed
 from .gradient import Truncated as Truncated
+from .lowrank import NMFEncoder as NMFEncoder
+from .lowrank import RobustNMFEncoder as RobustNMFEncoder
+from .lowrank import RPCAEncoder as RPCAEncoder
 from .momentum import Momentum as Momentum
 from .sparse import ALISTA as ALISTA
 from .sparse import GLISTA as GLISTA

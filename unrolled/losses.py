@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from unrolled import _check
 from unrolled.autoencoder import Autoencoder
 from unrolled.operators import LinearOperator
-from unrolled.solvers import lasso_objective
+from unrolled.solvers import Decomposition, lasso_objective, separation_objective
 from unrolled.unroll import Unroll
 
 
@@ -188,3 +188,88 @@ def _pair(batch: Any, what: str, second: str) -> tuple[Tensor, Tensor]:
 
 def _describe(alpha: float, supervision: float) -> str:
     return f"alpha={alpha:g}" + (f", supervision={supervision:g}" if supervision else "")
+
+
+class SeparationObjective(nn.Module):
+    r"""$\frac1B \sum_i \tfrac12\|x_i - D s_i - o_i\|^2 + \tfrac{\lambda_*}{2}\|s_i\|^2 + \lambda\|o_i\|_1
+    + \tfrac12\|l_i - D s_i\|^2$ with $(l_i, o_i, s_i)$ = net($x_i$): needs no known parts.
+
+    For `unrolled.lowrank.RPCAEncoder` and `RobustNMFEncoder`. The last term holds the dictionaries of the network to
+    $D$, so that its low-rank part $l$ stays $D s$; it is 0 before training. Batches are signals.
+
+    Args:
+        dictionary: $D$, (m, q). The loss keeps a copy, which stays fixed: only the network learns.
+        ridge: $\lambda_*$, at least 0; the network's own for a faster solver of the same problem.
+        alpha: $\lambda$, at least 0; likewise.
+
+    Example:
+        >>> loss = SeparationObjective(dictionary, ridge=0.01, alpha=0.1)    # doctest: +SKIP
+        >>> fit(net, batches, loss, num_steps=300)                           # doctest: +SKIP
+    """
+
+    dictionary: Tensor
+
+    def __init__(self, dictionary: Tensor, *, ridge: float, alpha: float) -> None:
+        super().__init__()
+        self.ridge = _check.real("ridge", ridge, minimum=0.0)
+        self.alpha = _check.real("alpha", alpha, minimum=0.0)
+        _check.dictionary("dictionary", dictionary)
+        self.register_buffer("dictionary", dictionary.detach().clone())
+
+    def forward(self, net: nn.Module, x: Tensor) -> Tensor:
+        low_rank, sparse, code = _parts(net(x))
+        value = separation_objective(self.dictionary, x, code, sparse, ridge=self.ridge, alpha=self.alpha)
+        apart = (low_rank - code @ self.dictionary.mT).square().sum(-1) / 2
+        return (value + apart).mean()
+
+    def extra_repr(self) -> str:
+        return f"ridge={self.ridge:g}, alpha={self.alpha:g}"
+
+
+class Separation(nn.Module):
+    r"""$\frac1B \sum_i w_l \|\hat l_i - l_i\|^2 + w_o \|\hat o_i - o_i\|^2$ with $(\hat l_i, \hat o_i, \cdot)$ =
+    net($x_i$): learns from known parts; batches are (x, (l, o)).
+
+    For `unrolled.lowrank.RPCAEncoder` and `RobustNMFEncoder`.
+
+    Args:
+        low_rank: $w_l$, the weight of the low-rank part's error, at least 0.
+        sparse: $w_o$, the weight of the sparse part's error, at least 0. One of the two must be positive.
+
+    Example:
+        >>> fit(net, [(x, (low_rank, sparse))], Separation(), num_steps=300)   # doctest: +SKIP
+    """
+
+    def __init__(self, *, low_rank: float = 1.0, sparse: float = 1.0) -> None:
+        super().__init__()
+        self.low_rank = _check.real("low_rank", low_rank, minimum=0.0)
+        self.sparse = _check.real("sparse", sparse, minimum=0.0)
+        if self.low_rank == self.sparse == 0:
+            raise ValueError("low_rank and sparse are both 0, so that nothing would be learned. Make one positive.")
+
+    def forward(self, net: nn.Module, batch: tuple[Tensor, tuple[Tensor, Tensor]] | list[Any]) -> Tensor:
+        pair = isinstance(batch, tuple | list) and len(batch) == 2
+        if not pair or not isinstance(batch[1], tuple | list) or len(batch[1]) != 2:
+            raise TypeError("batch must be (x, (low_rank, sparse)): signals and the two parts that they are made of.")
+        x, (low_rank, sparse) = batch
+        found = _parts(net(x))
+        for name, part, true in (("low-rank", found[0], low_rank), ("sparse", found[1], sparse)):
+            if part.shape != true.shape:
+                raise ValueError(
+                    f"the batch's {name} parts have shape {tuple(true.shape)}, the network's {tuple(part.shape)}."
+                )
+        errors = [(part - true).square().sum(-1).mean() for part, true in zip(found, (low_rank, sparse), strict=False)]
+        return self.low_rank * errors[0] + self.sparse * errors[1]
+
+    def extra_repr(self) -> str:
+        return f"low_rank={self.low_rank:g}, sparse={self.sparse:g}"
+
+
+def _parts(output: Any) -> Decomposition:
+    """Return what a network gave if it is a low-rank part, a sparse part and a code."""
+    if not isinstance(output, tuple) or len(output) != 3:
+        raise TypeError(
+            "net must return a Decomposition (low_rank, sparse, code), as unrolled.lowrank.RPCAEncoder does; got "
+            f"{type(output).__name__}."
+        )
+    return Decomposition(*output)
