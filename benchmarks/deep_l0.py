@@ -37,7 +37,7 @@ from unrolled.demo.data import learn_dictionary
 from unrolled.functional import normalize_columns, top_k_threshold
 from unrolled.losses import CodeError
 from unrolled.metrics import nmse_db
-from unrolled.sparse.l0 import AnnealSlope, L0Encoder, MSparseEncoder
+from unrolled.sparse import AnnealSlope, L0Encoder, MSparseEncoder
 from unrolled.training import fit
 
 SEEDS = (1, 2, 3)  # what is fixed below was tried out on seed 0

@@ -32,7 +32,7 @@ from unrolled import LISTA, Unroll, fit
 from unrolled.demo.data import choose, learn_dictionary
 from unrolled.losses import Lasso
 from unrolled.solvers import fista, lasso_objective
-from unrolled.sparse.sc2net import SC2Net
+from unrolled.sparse import SC2Net
 
 ATOMS, LAYERS, SIDE, STEPS, BATCH, TEST_IMAGES = 100, 8, 8, 250, 64, 200
 ALPHAS = (0.025, 0.05, 0.1, 0.2)

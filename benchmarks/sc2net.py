@@ -35,8 +35,8 @@ from unrolled import LFISTA, LISTA, Unroll, fit
 from unrolled.demo.data import choose, learn_dictionary
 from unrolled.losses import Lasso
 from unrolled.solvers import fista, ista, lasso_objective
+from unrolled.sparse import CentredGates, SC2Net, SigmoidGates
 from unrolled.sparse.adaptive import AdaptiveISTA
-from unrolled.sparse.sc2net import CentredGates, SC2Net, SigmoidGates
 
 ATOMS, ALPHA, STEPS, BATCH, SIDE = 100, 0.1, 400, 64, 8
 RATES = (1e-3, 2e-3, 4e-3)  # of the matrices; vectors learn ten times as fast

@@ -141,3 +141,10 @@ def test_background(tmp_path):
     *_, encoder = rows.values()
     assert encoder["f_measure"] > 0.9 and abs(encoder["gap"]) < 0.1
     assert is_png(tmp_path / "background.png")
+
+
+def test_digits_features(tmp_path):
+    run("digits_features.py", "--smoke", "--out", tmp_path)
+    rows = json.loads((tmp_path / "results.json").read_text())["features"]
+    assert rows["SparseEncoder"]["accuracy"] > 0.95
+    assert is_png(tmp_path / "features.png")

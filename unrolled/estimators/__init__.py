@@ -1,0 +1,4 @@
+"""scikit-learn estimators around the networks. Not loaded by `import unrolled`: `from unrolled import estimators`."""
+
+from .robust_pca import RobustPCA as RobustPCA
+from .sparse_encoder import SparseEncoder as SparseEncoder
