@@ -148,3 +148,12 @@ def test_digits_features(tmp_path):
     rows = json.loads((tmp_path / "results.json").read_text())["features"]
     assert rows["SparseEncoder"]["accuracy"] > 0.95
     assert is_png(tmp_path / "features.png")
+
+
+def test_abnormal_events(tmp_path):
+    run("abnormal_events.py", "--smoke", "--out", tmp_path)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["SC2Net"]["frame_auc"] > 0.8
+    assert results["SC2Net"]["pixel_auc"] > 0.8
+    assert is_png(tmp_path / "abnormal_events.png")
+    assert is_png(tmp_path / "abnormal_frames.png")
