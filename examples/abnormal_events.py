@@ -160,9 +160,7 @@ class View:
 
 VIEWS = (
     View("speed, 10 px", ("speed",), 2, 5),
-    View("speed, 12 px", ("speed",), 4, 3),
     View("change, 10 px", ("change",), 2, 5),
-    View("change, 12 px", ("change",), 4, 3),
     View("foreground, 20 px", ("foreground",), 4, 5, weight=0.7),
     View("edges, 20 px", ("vertical edges", "horizontal edges"), 4, 5, weight=0.7),
 )
