@@ -39,8 +39,13 @@ lint: $(STAMP)  ## ruff and mypy
 docs: $(VENV)/.docs  ## build the documentation into site/, warnings are errors
 	$(BIN)/python -m mkdocs build --strict
 
-bench: $(STAMP)  ## run every benchmark; tables on screen, JSON in benchmarks/results/
-	@for script in $(filter-out benchmarks/deepinv_overhead.py,$(wildcard benchmarks/[a-z]*.py)); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+# The others need a folder of data, `make bench DATA=...`, or an environment with the peer: deepinv_overhead, crf.
+BENCH := overhead memory lasso_gap sparse_recovery scaling deep_l0 features
+BENCH_DATA := sc2net reconstruction background abnormal_events
+
+bench: $(STAMP)  ## run the benchmarks; tables on screen, JSON in benchmarks/results/
+	@for one in $(BENCH); do echo "== $$one"; $(BIN)/python benchmarks/$$one.py || exit 1; done
+	@for one in $(if $(DATA),$(BENCH_DATA)); do echo "== $$one"; $(BIN)/python benchmarks/$$one.py --data $(DATA) || exit 1; done
 
 clean:  ## remove everything that the other targets made
 	rm -rf $(VENV) site demo build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

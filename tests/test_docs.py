@@ -44,6 +44,7 @@ def test_every_guide_has_blocks():
     assert {page.stem for page in PAGES if blocks(page.read_text())} >= {
         "abnormal-events",
         "core",
+        "crf",
         "estimators",
         "getting-started",
         "gradients",

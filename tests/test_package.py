@@ -184,7 +184,7 @@ def test_the_import_is_light():
 
 # ---- Docstrings ------------------------------------------------------------------------------------------------------
 
-MODULES = ["functional", "solvers", "operators", "gradient", "sparse", "lowrank", "losses", "training"]
+MODULES = ["functional", "solvers", "operators", "gradient", "sparse", "lowrank", "crf", "losses", "training"]
 
 
 def public(module):

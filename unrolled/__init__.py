@@ -1,5 +1,6 @@
 """Iterative solvers as trainable PyTorch networks: every iteration a layer, every layer with a meaning."""
 
+from . import crf as crf
 from . import functional as functional
 from . import gradient as gradient
 from . import losses as losses
@@ -12,6 +13,7 @@ from . import solvers as solvers
 from . import sparse as sparse
 from . import training as training
 from .autoencoder import Autoencoder as Autoencoder
+from .crf import CRFasRNN as CRFasRNN
 from .gradient import Backprop as Backprop
 from .gradient import Checkpointed as Checkpointed
 from .gradient import Truncated as Truncated

@@ -730,7 +730,7 @@ def mean_field(
     mu = -torch.eye(logits.shape[-2]).to(logits) if compatibility is None else compatibility
     matrices = []
     for weight in weights:
-        w = torch.as_tensor(weight).to(logits)
+        w = torch.as_tensor(weight, dtype=logits.dtype, device=logits.device)
         matrices.append(w if w.dim() == 2 else torch.diag(w.expand(logits.shape[-2])))
     u = logits
     for _ in range(num_iters):
