@@ -155,7 +155,7 @@ def plot(found: dict[str, Any], path: Path) -> None:
 
     figure, axes = plt.subplots(2, 3, figsize=(10, 5.2), sharey="row", constrained_layout=True)
     for column, (name, points) in enumerate(found.items()):
-        x = [point[name] for point in points]
+        x = [point[name] / (1000 if name == "pixels" else 1) for point in points]
         for row, (keys, unit) in enumerate(((("forward", "backward"), "CPU s"), (("forward MB", "backward MB"), "MB"))):
             axis = axes[row, column]
             for key, label, color in zip(keys, ("forward", "forward + backward"), ("#2a6f97", "#e07a2f")):
@@ -164,7 +164,7 @@ def plot(found: dict[str, Any], path: Path) -> None:
             axis.spines[["top", "right"]].set_visible(False)
             axis.grid(alpha=0.25)
             if row:
-                axis.set_xlabel(name)
+                axis.set_xlabel("thousand pixels" if name == "pixels" else name)
             if column == 0:
                 axis.set_ylabel(unit)
     axes[0, 0].legend(frameon=False)

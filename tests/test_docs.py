@@ -54,6 +54,7 @@ def test_every_guide_has_blocks():
         "lowrank",
         "own-step",
         "sc2net",
+        "segmentation",
         "training",
         "which-lista",
     }

@@ -157,3 +157,13 @@ def test_abnormal_events(tmp_path):
     assert results["SC2Net"]["pixel_auc"] > 0.8
     assert is_png(tmp_path / "abnormal_events.png")
     assert is_png(tmp_path / "abnormal_frames.png")
+
+
+def test_segmentation(tmp_path):
+    printed = run("segmentation.py", "--smoke", "--out", tmp_path)
+    assert "mean IoU" in printed
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    alone = rows["network, more steps"]["mean_iou"]
+    assert rows["CRF after network, more steps"]["mean_iou"] > alone + 0.1
+    assert rows["joint"]["mean_iou"] > alone + 0.1
+    assert is_png(tmp_path / "segmentation.png")
