@@ -1,4 +1,4 @@
-"""What a CRF does for a small network on CamVid, put after it or trained with it, in mean IoU; not yet settled.
+"""Claim: a CRF trained with a small network raises its mean IoU on CamVid; one put after it does not.
 
 A subset of CamVid (120 training, 60 validation and 60 test images of 180 x 240, 11 classes, void left out), and the
 small network of `examples/segmentation.py`. Bandwidths and weights of the CRF after the network are those, of six
