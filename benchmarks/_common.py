@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import platform
 import statistics
@@ -9,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -63,6 +65,16 @@ def save(name: str, result: Mapping[str, Any]) -> None:
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps({**context, **result}, indent=1) + "\n")
     print(f"\nwritten: {path.relative_to(Path(__file__).parent.parent)}")
+
+
+def load_example(name: str) -> ModuleType:
+    """The script examples/NAME.py as a module, for benchmarks that measure what it shows."""
+    path = Path(__file__).parent.parent / "examples" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"{name}_example", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def _cell(value: Any) -> str:

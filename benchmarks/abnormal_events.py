@@ -9,16 +9,14 @@ held-out normal clips, fused and smoothed alike. Every third frame is scored. Te
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import statistics
 import time
 import warnings
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
-from _common import save, spread, table
+from _common import load_example, save, spread, table
 from sklearn.decomposition import PCA, SparseCoder
 from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
@@ -27,15 +25,6 @@ from tqdm import tqdm
 from unrolled import LISTA, SC2Net
 
 NUM_ATOMS, NUM_STEPS = 64, 800
-
-
-def load_example() -> ModuleType:
-    path = Path(__file__).parent.parent / "examples" / "abnormal_events.py"
-    spec = importlib.util.spec_from_file_location("abnormal_events_example", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def pca_cost(patches: Any, seed: int) -> Any:
@@ -57,7 +46,7 @@ def main() -> None:
     parser.add_argument("--coder-seeds", type=int, default=1, help="seeds for which the slow SparseCoder runs as well")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    ex = load_example()
+    ex = load_example("abnormal_events")
     video, every = ex.load(arguments.data), arguments.every
     labels = [label[::every] for label in video.labels]
     masks = [mask[::every] for mask in video.masks]

@@ -13,27 +13,16 @@ of the order of the images. One thread, CPU time.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import statistics
 import time
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
-from _common import save, table
+from _common import load_example, save, table
 from tqdm import tqdm
 
 VOID = 11
-
-
-def load_example() -> ModuleType:
-    path = Path(__file__).parent.parent / "examples" / "segmentation.py"
-    spec = importlib.util.spec_from_file_location("segmentation_example", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def report(runs: list[dict[str, Any]], classes: list[str]) -> None:
@@ -74,7 +63,7 @@ def main() -> None:
     parser.add_argument("--pictures", type=Path, help="draw some test images, of the first seed, into this file")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    ex = load_example()
+    ex = load_example("segmentation")
     data = ex.load(arguments.data / "camvid.npz" if arguments.data.is_dir() else arguments.data, VOID)
     schedule = ex.Schedule.for_photographs()
 

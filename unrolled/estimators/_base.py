@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
 from sklearn.utils import check_scalar, gen_batches
-from sklearn.utils.validation import validate_data
+from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor, nn
 
 Array = np.ndarray[Any, Any]
@@ -28,6 +28,11 @@ class TorchTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
     def _validated(self, X: Any, *, reset: bool) -> Array:
         # dtype="numeric" and no order: a memory-mapped array of bytes, say, stays where it is. Batches are converted.
         return validate_data(self, X, reset=reset, dtype="numeric")
+
+    def _fitted(self, X: Any) -> Array:
+        """X, checked against what the estimator was fitted on."""
+        check_is_fitted(self)
+        return self._validated(X, reset=False)
 
     def _computing_dtype(self, X: Array) -> np.dtype[Any]:
         """The dtype asked for, or that of X."""

@@ -144,7 +144,7 @@ class RobustPCA(TorchTransformer):
         Args:
             X: (n_samples, n_features).
         """
-        X = self._checked(X)
+        X = self._fitted(X)
         return self._in_batches(lambda x: self.network_(x).code, X, len(self.components_))
 
     def inverse_transform(self, X: Any) -> Array:
@@ -167,7 +167,7 @@ class RobustPCA(TorchTransformer):
         Args:
             X: (n_samples, n_features).
         """
-        X = self._checked(X)
+        X = self._fitted(X)
         return self._in_batches(lambda x: self.network_(x).low_rank, X, X.shape[1])
 
     def sparse(self, X: Any) -> Array:
@@ -176,7 +176,7 @@ class RobustPCA(TorchTransformer):
         Args:
             X: (n_samples, n_features).
         """
-        X = self._checked(X)
+        X = self._fitted(X)
         return self._in_batches(lambda x: self.network_(x).sparse, X, X.shape[1])
 
     def score(self, X: Any, y: Any = None) -> float:
@@ -186,7 +186,7 @@ class RobustPCA(TorchTransformer):
             X: (n_samples, n_features).
             y: ignored.
         """
-        X = self._checked(X)
+        X = self._fitted(X)
         basis = self._tensor(self.components_.T)
 
         def objective(x: Tensor) -> Tensor:  # (batch, 1)
@@ -196,10 +196,6 @@ class RobustPCA(TorchTransformer):
         return -float(self._in_batches(objective, X, 1).mean(dtype=np.float64))
 
     # ---- Parts -------------------------------------------------------------------------------------------------------
-
-    def _checked(self, X: Any) -> Array:
-        check_is_fitted(self)
-        return self._validated(X, reset=False)
 
     def _basis(self, x: Tensor, random: np.random.RandomState) -> Tensor:
         if not bool(x.any()):  # nothing to learn from: any directions are as good

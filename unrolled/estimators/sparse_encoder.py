@@ -176,8 +176,7 @@ class SparseEncoder(TorchTransformer):
         Args:
             X: (n_samples, n_features).
         """
-        check_is_fitted(self)
-        X = self._validated(X, reset=False)
+        X = self._fitted(X)
         return self._in_batches(self.network_, X, len(self.components_))
 
     def inverse_transform(self, X: Any) -> Array:
@@ -202,8 +201,7 @@ class SparseEncoder(TorchTransformer):
             X: (n_samples, n_features).
             y: ignored.
         """
-        check_is_fitted(self)
-        X = self._validated(X, reset=False)
+        X = self._fitted(X)
 
         dictionary = self._dictionary()
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from unrolled._tree import State
 from unrolled.functional import soft_threshold
 from unrolled.gradient import Backprop, Gradient
-from unrolled.sparse.ista import _affine, _ISTAStep
+from unrolled.sparse.ista import _affine, _complement, _ISTAStep
 from unrolled.stopping import Tolerance
 from unrolled.unroll import Unroll
 
@@ -65,8 +65,7 @@ class AdaptiveISTAStep(_ISTAStep):
     def reset_parameters(self, dictionary: Tensor) -> None:
         """Back to ISTA on this dictionary."""
         super().reset_parameters(dictionary)
-        D = dictionary.to(self.weight)
-        self.inhibition.copy_(torch.eye(len(self.weight)).to(D) - self.weight @ D)
+        self.inhibition.copy_(_complement(self.weight, dictionary))
         self.log_input.zero_()
         self.atanh_forget.zero_()
 

@@ -105,8 +105,7 @@ class LISTAStep(_ISTAStep):
     @torch.no_grad()
     def reset_parameters(self, dictionary: Tensor) -> None:
         super().reset_parameters(dictionary)
-        D = dictionary.to(self.weight)
-        self.inhibition.copy_(torch.eye(len(self.weight)).to(D) - self.weight @ D)
+        self.inhibition.copy_(_complement(self.weight, dictionary))
 
     def prepare(self, y: Tensor) -> _Prepared:
         drive = nn.functional.linear(y, self.weight)
@@ -165,6 +164,12 @@ class FactoredLISTAStep(_ISTAStep):
             return soft_threshold(y @ weight, theta, inplace=True)
         residual = _affine(x, dictionary, y, -1)
         return soft_threshold(_affine(residual, weight, x), theta, inplace=True)
+
+
+def _complement(weight: Tensor, dictionary: Tensor) -> Tensor:
+    """I - W D: what a layer as published multiplies the code by, where it starts as the classical iteration."""
+    D = dictionary.to(weight)
+    return torch.eye(len(weight)).to(D) - weight @ D
 
 
 def _affine(x: Tensor, transposed: Tensor, offset: Tensor, sign: int = 1) -> Tensor:

@@ -14,7 +14,7 @@ from unrolled._tree import State
 from unrolled.functional import helu, top_k_threshold
 from unrolled.gradient import Backprop, Gradient
 from unrolled.solvers import lipschitz
-from unrolled.sparse.ista import _affine, _still
+from unrolled.sparse.ista import _affine, _complement, _still
 from unrolled.step import Step
 from unrolled.stopping import Tolerance
 from unrolled.unroll import Unroll
@@ -58,8 +58,7 @@ class _IHTStep(Step):
                 f"dictionary must have shape {tuple(self.weight.mT.shape)} as before, got {tuple(dictionary.shape)}."
             )
         self.weight.copy_(dictionary.mH * self._step(dictionary))
-        D = dictionary.to(self.weight)
-        self.inhibition.copy_(torch.eye(len(self.weight)).to(D) - self.weight @ D)
+        self.inhibition.copy_(_complement(self.weight, dictionary))
 
     def _step(self, dictionary: Tensor) -> Tensor:
         """The step size eta, ()."""

@@ -12,7 +12,7 @@ from unrolled._tree import State
 from unrolled.functional import soft_threshold
 from unrolled.gradient import Backprop, Gradient
 from unrolled.momentum import MomentumState
-from unrolled.sparse.ista import _ISTAStep
+from unrolled.sparse.ista import _complement, _ISTAStep
 from unrolled.stopping import Tolerance
 from unrolled.unroll import Unroll
 
@@ -49,8 +49,7 @@ class LFISTAStep(_ISTAStep):
     def reset_parameters(self, dictionary: Tensor) -> None:
         """Back to FISTA on this dictionary: W_e = A^H / L, W_g = W_m = I - A^H A / L, theta = alpha / L."""
         super().reset_parameters(dictionary)
-        D = dictionary.to(self.weight)
-        self.inhibition.copy_(torch.eye(len(self.weight)).to(D) - self.weight @ D)
+        self.inhibition.copy_(_complement(self.weight, dictionary))
         self.inertia.copy_(self.inhibition)
 
     def prepare(self, y: Tensor) -> _Prepared:

@@ -15,7 +15,7 @@ from unrolled._tree import State
 from unrolled.functional import soft_threshold
 from unrolled.gradient import Backprop, Gradient
 from unrolled.sparse.adaptive import CellState
-from unrolled.sparse.ista import _affine, _ISTAStep
+from unrolled.sparse.ista import _affine, _complement, _ISTAStep
 from unrolled.stopping import Tolerance
 from unrolled.unroll import Unroll
 
@@ -155,8 +155,7 @@ class SC2NetStep(_ISTAStep):
     def reset_parameters(self, dictionary: Tensor) -> None:
         """Back to ISTA on this dictionary, as nearly as the gates allow."""
         super().reset_parameters(dictionary)
-        D = dictionary.to(self.weight)
-        self.inhibition.copy_(torch.eye(len(self.weight)).to(D) - self.weight @ D)
+        self.inhibition.copy_(_complement(self.weight, dictionary))
         if self.threshold is not None:
             self.log_theta.fill_(self.threshold).log_()
         self.gate_weight.zero_()
