@@ -1,0 +1,22 @@
+"""The classical solvers, as plain functions: what the networks are before training, and the oracles of the tests.
+
+All of them are batched over the leading dimensions of y, differentiable by autograd, and answer for every sample
+independently of its batch mates. `dictionary` is a matrix (m, n) with atoms as columns or a `LinearOperator`, real or
+complex.
+"""
+
+from .amp import amp as amp
+from .lasso import fista as fista
+from .lasso import ista as ista
+from .lasso import lasso_objective as lasso_objective
+from .lasso import lipschitz as lipschitz
+from .lowrank import Decomposition as Decomposition
+from .lowrank import RobustPCAResult as RobustPCAResult
+from .lowrank import nonnegative_ista as nonnegative_ista
+from .lowrank import robust_pca as robust_pca
+from .lowrank import separate as separate
+from .lowrank import separation_objective as separation_objective
+from .lowrank import singular_value_threshold as singular_value_threshold
+from .meanfield import mean_field as mean_field
+from .thresholding import iht as iht
+from .thresholding import iht_penalized as iht_penalized
