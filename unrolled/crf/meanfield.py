@@ -151,9 +151,12 @@ class CRFStep(Step):
             q = torch.softmax(logits, dim=-1)
             q = q.reshape(-1, *q.shape[-1 - n :])
             total = unary.reshape(-1, self.num_classes)
-            for plan, weight in zip(plans, weights.unbind(), strict=True):
+            for m, (plan, weight) in enumerate(zip(plans, weights.unbind(), strict=True)):
                 message = plan(q).reshape(total.shape)
-                total = total.addmm(message, weight) if weight.dim() == 2 else total.addcmul(message, weight)
+                # Without a graph the sum, from the second message on, may be overwritten: fresh memory takes time.
+                out = total if m > 0 and not torch.is_grad_enabled() else None
+                add = torch.addmm if weight.dim() == 2 else torch.addcmul
+                total = add(total, message, weight, out=out)
             out = total.reshape(unary.shape)
             return torch.lerp(out, logits, self.damping) if self.damping else out
 

@@ -314,21 +314,21 @@ def _neighbours(unique: Tensor, step: list[int]) -> Tensor:
 class _Index:
     """Where a number is among keys that are all different: a hash table, filled and asked with whole tensors.
 
-    Of the keys that meet in a slot one wins. What asks for a slot where another key is goes on to a binary search among
-    those that lost. Most numbers asked for are no keys and find an empty slot, which is what makes this fast.
+    Of the keys that meet in a slot one wins; the others go to an index of their own, which is asked for the numbers
+    that find another key in their slot. Most numbers asked for are no keys and find an empty slot.
     """
 
     def __init__(self, keys: Tensor) -> None:
         m = len(keys)
-        self.bits = max(m - 1, 1).bit_length() + 1  # at most half of the slots are taken
+        self.bits = max(m - 1, 1).bit_length() + 2  # at most a quarter of the slots are taken
         self.keys = torch.cat([keys, keys.new_full((1,), -1)])  # no key is negative
         ids = torch.arange(m, dtype=torch.int32, device=keys.device)
         self.table = torch.full((2**self.bits,), m, dtype=torch.int32, device=keys.device)
         own = self._slots(keys)
         self.table[own] = ids
-        self.lost = (self.table.take(own) != ids).nonzero().squeeze(1)
-        self.left, order = keys[self.lost].sort()
-        self.lost = self.lost[order]
+        lost = (self.table.take(own) != ids).nonzero().squeeze(1)
+        self.others = _Index(keys[lost]) if len(lost) else None
+        self.place = torch.cat([lost, lost.new_full((1,), m)])  # of the others' keys, and of what is none of them
 
     def _slots(self, numbers: Tensor) -> Tensor:
         # Fibonacci hashing: the products wrap around, their upper bits are well mixed.
@@ -340,12 +340,8 @@ class _Index:
         m = len(self.keys) - 1
         found = self.table.take(self._slots(numbers)).long()
         other = self.keys.take(found) != numbers
-        if len(self.lost):
-            again = (other & (found != m)).nonzero().squeeze(1)
-            found.masked_fill_(other, m)
-            asked = numbers[again]
-            at = torch.searchsorted(self.left, asked).clamp_(max=len(self.left) - 1)
-            found[again] = torch.where(self.left[at] == asked, self.lost[at], m)
-        else:
-            found.masked_fill_(other, m)
+        again = None if self.others is None else (other & (found != m)).nonzero().squeeze(1)
+        found.masked_fill_(other, m)
+        if self.others is not None and again is not None:
+            found[again] = self.place[self.others.find(numbers[again])]
         return found
