@@ -158,7 +158,7 @@ def plot(setting: str, runs: list[dict[str, dict[str, Any]]]) -> None:
     }
     best = dict(sorted(curves.items(), key=lambda item: item[1][-1])[:6])
     power = {name: [10 ** (value / 10) for value in curve] for name, curve in best.items()}
-    figure = gap_curve(power, xlabel="layer", ylabel="NMSE, relative squared error")
+    figure = gap_curve(power, xlabel="layer", ylabel="NMSE, relative squared error").figure
     figure.savefig(RESULTS / f"sparse_recovery_{setting}.png", dpi=110)
 
 

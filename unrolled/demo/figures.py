@@ -30,9 +30,9 @@ def draw(
     shown_until = 3 * (compared.level or 20) // 2
     # Networks first, so that they have the same colours in all figures.
     curves = {name: compared.curves[name][:shown_until] for name in (*layers, *compared.curves)}
-    figures["gap.png"] = plot.gap_curve(curves, level=(list(layers)[-1], "FISTA"))
+    figures["gap.png"] = plot.gap_curve(curves, level=(list(layers)[-1], "FISTA")).figure
     order = compared.usage.argsort(descending=True, stable=True)
-    figures["dictionary.png"] = plot.dictionary_mosaic(dictionary[:, order.to(dictionary.device)].cpu())
+    figures["dictionary.png"] = plot.dictionary_mosaic(dictionary[:, order.to(dictionary.device)].cpu()).figure
 
     panels = {
         "step size of an atom, in units of 1/L": {name: values["step size"] for name, values in layers.items()},
