@@ -189,8 +189,9 @@ class Setting:
 
 def settings(theta_beta):
     """Those to choose from."""
-    weights = (1.0, 1.0), (2.0, 1.0), (5.0, 3.0)
-    return [Setting(theta_alpha, theta_beta, *pair) for theta_alpha, pair in itertools.product((20.0, 40.0), weights)]
+    weights = (0.5, 0.0), (1.0, 0.0), (2.0, 0.0), (2.0, 1.0), (5.0, 3.0)
+    alphas = 10.0, 20.0, 40.0
+    return [Setting(theta_alpha, theta_beta, *pair) for theta_alpha, pair in itertools.product(alphas, weights)]
 
 
 # ---- Training and scores ---------------------------------------------------------------------------------------------
@@ -287,7 +288,7 @@ def compare(data, schedule, seed=0, progress=True):
         return result
 
     torch.manual_seed(seed)
-    few = Split(data.val.images[::4], data.val.labels[::4])  # enough to choose a setting by
+    few = Split(data.val.images[::2], data.val.labels[::2])  # enough to choose a setting by
     start = Segmenter(data.num_classes, schedule.width)
     timed("training", train, start, data, schedule, schedule.steps, schedule.rate, seed, progress)
     setting = timed("choosing", choose, start, few, data.num_classes, schedule.theta_beta)
