@@ -40,7 +40,7 @@ docs: $(VENV)/.docs  ## build the documentation into site/, warnings are errors
 	$(BIN)/python -m mkdocs build --strict
 
 # The others need a folder of data, `make bench DATA=...`, or an environment with the peer: deepinv_overhead, crf.
-BENCH := overhead memory lasso_gap sparse_recovery scaling deep_l0 features
+BENCH := overhead memory gradients lasso_gap sparse_recovery scaling deep_l0 features
 BENCH_DATA := sc2net reconstruction background abnormal_events segmentation
 
 bench: $(STAMP)  ## run the benchmarks; tables on screen, JSON in benchmarks/results/

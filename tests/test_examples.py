@@ -167,3 +167,14 @@ def test_segmentation(tmp_path):
     assert rows["CRF after network, more steps"]["mean_iou"] > alone + 0.1
     assert rows["joint"]["mean_iou"] > alone + 0.1
     assert is_png(tmp_path / "segmentation.png")
+
+
+def test_long_unroll(tmp_path):
+    printed = run("long_unroll.py", "--smoke", "--out", tmp_path)
+    assert "kB held" in printed
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    exact = rows["Backprop()"][0]
+    assert abs(rows["Checkpointed(9)"][0]["psnr"] - exact["psnr"]) < 0.01
+    assert abs(rows["Implicit()"][0]["psnr"] - exact["psnr"]) < 0.05
+    assert rows["Implicit()"][0]["bytes"] < exact["bytes"] / 20
+    assert is_png(tmp_path / "long_unroll.png")

@@ -16,6 +16,8 @@ from .autoencoder import Autoencoder as Autoencoder
 from .crf import CRFasRNN as CRFasRNN
 from .gradient import Backprop as Backprop
 from .gradient import Checkpointed as Checkpointed
+from .gradient import Implicit as Implicit
+from .gradient import Phantom as Phantom
 from .gradient import Truncated as Truncated
 from .lowrank import NMFEncoder as NMFEncoder
 from .lowrank import RobustNMFEncoder as RobustNMFEncoder

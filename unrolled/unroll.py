@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from unrolled import _check
 from unrolled._tree import State, describe, same_structure
-from unrolled.gradient import Advance, Backprop, Gradient
+from unrolled.gradient import Advance, Backprop, Gradient, Loop
+from unrolled.gradient.protocol import needs_tied
 from unrolled.step import Step
 from unrolled.stopping import Tolerance, all_settled
 
@@ -36,7 +37,8 @@ class Unroll(nn.Module):
 
     Raises:
         TypeError: `step` is no Step, `gradient` no strategy object, `stop` no stopping rule, `tied` a single string.
-        ValueError: `num_iters` is less than 1, or `tied` names something that the step does not have.
+        ValueError: `num_iters` is less than 1, `tied` names something that the step does not have, or the layers have
+            parameters of their own and the `gradient` is one of a single map, such as `Implicit`.
 
     Example:
         >>> net = Unroll(MyStep(), num_iters=16, tied=("dictionary",))   # doctest: +SKIP
@@ -66,6 +68,7 @@ class Unroll(nn.Module):
         self.num_iters = _check.integer("num_iters", num_iters)
         self.tied = _tied(tied, step)
         self.gradient = gradient
+        self._check_gradient()
         self.stop = stop
         copies = 1 if self.tied is True else self.num_iters
         # deepcopy takes what its memo holds for copied already, and so leaves it shared.
@@ -131,7 +134,10 @@ class Unroll(nn.Module):
 
         # Backprop runs every iteration once, in this call. A strategy that runs some again in the backward pass would
         # by then meet other parameters where those of this call were swapped in, as by torch.func.functional_call.
-        watched = None if isinstance(self.gradient, Backprop) else [list(map(id, step.parameters())) for step in steps]
+        watched = None
+        if not isinstance(self.gradient, Backprop):
+            self._check_gradient()  # again: it can be set at any time
+            watched = [list(map(id, step.parameters())) for step in steps]
 
         def advance(state: State, begin: int, end: int) -> State:
             if watched is not None:
@@ -149,7 +155,17 @@ class Unroll(nn.Module):
                     state = self.stop(step, state, _same(step, k, state.state, step(state.state, prepared)))
             return state
 
-        return advance, state, num_iters
+        if watched is None:
+            return advance, state, num_iters
+
+        def once(state: State) -> State:
+            return _same(steps[0], num_iters, state, steps[0].forward(state, first))
+
+        return Loop(advance, once if self.tied is True else None, steps[0]), state, num_iters
+
+    def _check_gradient(self) -> None:
+        if self.tied is not True and getattr(self.gradient, "needs_tied", False):
+            raise ValueError(needs_tied(self.gradient))
 
     def __len__(self) -> int:
         return self.num_iters

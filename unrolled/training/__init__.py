@@ -7,3 +7,4 @@ from .history import Stage as Stage
 from .loop import default_optimizer as default_optimizer
 from .loop import fit as fit
 from .stagewise import fit_stagewise as fit_stagewise
+from .windowed import WindowedLoss as WindowedLoss
