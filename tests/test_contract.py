@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import systems
+import systems_cluster
 import systems_crf
 import systems_features
 import systems_l0
@@ -31,6 +32,7 @@ SYSTEMS = [
     *systems_features.FEATURE_SYSTEMS,
     *systems_lowrank.LOWRANK_SYSTEMS,
     *systems_crf.CRF_SYSTEMS,
+    *systems_cluster.CLUSTER_SYSTEMS,
 ]
 every_system = pytest.mark.parametrize("system", SYSTEMS, ids=lambda system: system.name)
 

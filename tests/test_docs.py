@@ -49,6 +49,7 @@ def test_every_guide_has_blocks():
         "getting-started",
         "gradients",
         "index",
+        "kmeans",
         "l0",
         "lista",
         "lowrank",

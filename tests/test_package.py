@@ -184,7 +184,18 @@ def test_the_import_is_light():
 
 # ---- Docstrings ------------------------------------------------------------------------------------------------------
 
-MODULES = ["functional", "solvers", "operators", "gradient", "sparse", "lowrank", "crf", "losses", "training"]
+MODULES = [
+    "functional",
+    "solvers",
+    "operators",
+    "gradient",
+    "sparse",
+    "lowrank",
+    "crf",
+    "cluster",
+    "losses",
+    "training",
+]
 
 
 def public(module):

@@ -1,5 +1,6 @@
 """Iterative solvers as trainable PyTorch networks: every iteration a layer, every layer with a meaning."""
 
+from . import cluster as cluster
 from . import crf as crf
 from . import functional as functional
 from . import gradient as gradient
@@ -13,6 +14,8 @@ from . import solvers as solvers
 from . import sparse as sparse
 from . import training as training
 from .autoencoder import Autoencoder as Autoencoder
+from .cluster import KMeans as KMeans
+from .cluster import KMeansHead as KMeansHead
 from .crf import CRFasRNN as CRFasRNN
 from .gradient import Backprop as Backprop
 from .gradient import Checkpointed as Checkpointed

@@ -1,4 +1,5 @@
 """scikit-learn estimators around the networks. Not loaded by `import unrolled`: `from unrolled import estimators`."""
 
+from .kmeans_net import KMeansNet as KMeansNet
 from .robust_pca import RobustPCA as RobustPCA
 from .sparse_encoder import SparseEncoder as SparseEncoder

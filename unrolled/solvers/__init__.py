@@ -6,6 +6,10 @@ complex.
 """
 
 from .amp import amp as amp
+from .kmeans import kmeans_objective as kmeans_objective
+from .kmeans import kmeans_plus_plus as kmeans_plus_plus
+from .kmeans import lloyd as lloyd
+from .kmeans import soft_kmeans as soft_kmeans
 from .lasso import fista as fista
 from .lasso import ista as ista
 from .lasso import lasso_objective as lasso_objective
