@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import cmath
+import contextlib
 import math
 import numbers
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+FAR = 10.0  # times the range: no image in [0, data_range] plus noise goes there
 _stands_for_many = torch._C._functorch.is_functorch_wrapped_tensor  # looked up once: this is asked in every call
 
 
@@ -75,6 +77,11 @@ def autocast(device: torch.device) -> bool:
     return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
 
 
+def full_precision(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Autocast switched off where it is on: for what does not bear a rounding to 8 bits."""
+    return torch.autocast(device.type, enabled=False) if autocast(device) else contextlib.nullcontext()
+
+
 def is_traced(value: Tensor) -> bool:
     """Whether the call is being compiled or exported, or the tensor stands for many under `torch.vmap` and its kin."""
     return torch.compiler.is_compiling() or _stands_for_many(value)
@@ -121,6 +128,42 @@ def signals(name: str, value: Any, like: Tensor, size: int, *, of: str) -> Tenso
     if value.device != like.device:
         raise ValueError(f"{name} is on {value.device} but {of} is on {like.device}. Move one with .to(...).")
     return finite(name, value)
+
+
+def images(name: str, value: Any, like: Tensor, data_range: float, *, channels: int = 1, shaped: bool = True) -> Tensor:
+    """Return `value` if it is a batch of finite images (..., C, height, width) near [0, data_range].
+
+    Args:
+        name: of the argument.
+        value: what came.
+        like: a parameter, whose dtype and device it must have (under autocast, any dtype).
+        data_range: what is white.
+        channels: how many there must be; with 1, any number.
+        shaped: whether the dimensions are asked for as well.
+    """
+    if isinstance(value, Tensor) and not value.is_floating_point():
+        raise TypeError(
+            f"{name} must be floating point with values in [0, {data_range:g}], got {value.dtype}. Convert it "
+            f"yourself, as its range is not guessed: an image in 0..255 is {name} / {255 / data_range:g}."
+        )
+    tensor(name, value)
+    if shaped and (value.dim() < 3 or channels not in (1, value.shape[-3])):
+        count = "C" if channels == 1 else channels
+        raise ValueError(
+            f"{name} must have shape (..., {count}, height, width), got {tuple(value.shape)}. A picture without a "
+            f"dimension for channels is {name}.unsqueeze(-3)."
+        )
+    if value.dtype != like.dtype and not autocast(like.device):
+        raise TypeError(f"{name} is {value.dtype} but the network is {like.dtype}. Convert one with .to(...).")
+    if value.device != like.device:
+        raise ValueError(f"{name} is on {value.device} but the network is on {like.device}. Move one by .to(...).")
+    finite(name, value)
+    if can_look_at(value) and value.detach().abs().amax() > FAR * data_range:
+        raise ValueError(
+            f"{name} reaches {value.detach().abs().amax():.4g}, which is far outside [0, {data_range:g}]. Build the "
+            "network with the image's data_range, or rescale the image."
+        )
+    return value
 
 
 def _advice(hint: str) -> str:

@@ -7,7 +7,6 @@ pixels, in every iteration and in the backward pass. Features are already divide
 from __future__ import annotations
 
 import abc
-import contextlib
 import enum
 import itertools
 from dataclasses import dataclass
@@ -92,11 +91,6 @@ class Normalization(enum.Enum):
         before = send if self is Normalization.AFTER else scale
         after = send if self is Normalization.BEFORE else scale
         return plan.scaled(before, after)
-
-
-def full_precision(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Autocast switched off where it is on: distances between features need more than 8 bits."""
-    return torch.autocast(device.type, enabled=False) if _check.autocast(device) else contextlib.nullcontext()
 
 
 class _Scaled(Plan):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from unrolled import _check
 from unrolled._tree import State
-from unrolled.crf.filters import Plan, full_precision
+from unrolled.crf.filters import Plan
 from unrolled.crf.kernels import Bilateral, Compatibility, Kernel, Spatial, Weights
 from unrolled.gradient import Backprop, Gradient
 from unrolled.step import Step
@@ -118,7 +118,7 @@ class CRFStep(Step):
 
     def prepare(self, logits: Tensor, image: Tensor, mask: Tensor | None = None) -> _Prepared:
         n, like = self.spatial_dims, self.weights
-        with full_precision(like.device):
+        with _check.full_precision(like.device):
             unary = logits.movedim(-1 - n, -1).to(like.dtype).contiguous()
             pixels = image.movedim(-1 - n, -1).to(like.dtype)
             pixels = pixels.reshape(-1, *pixels.shape[-1 - n :])
@@ -147,7 +147,7 @@ class CRFStep(Step):
     def forward(self, logits: Tensor, context: _Prepared) -> Tensor:
         unary, plans, weights = context
         n = self.spatial_dims
-        with full_precision(unary.device):
+        with _check.full_precision(unary.device):
             q = torch.softmax(logits, dim=-1)
             q = q.reshape(-1, *q.shape[-1 - n :])
             total = unary.reshape(-1, self.num_classes)
