@@ -50,6 +50,7 @@ def test_every_guide_has_blocks():
         "gradients",
         "index",
         "kmeans",
+        "layer-report",
         "l0",
         "lista",
         "lowrank",

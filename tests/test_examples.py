@@ -178,3 +178,13 @@ def test_long_unroll(tmp_path):
     assert abs(rows["Implicit()"][0]["psnr"] - exact["psnr"]) < 0.05
     assert rows["Implicit()"][0]["bytes"] < exact["bytes"] / 20
     assert is_png(tmp_path / "long_unroll.png")
+
+
+def test_design_loop(tmp_path):
+    printed = run("design_loop.py", "--smoke", "--out", tmp_path)
+    assert "add momentum" in printed
+    results = json.loads((tmp_path / "results.json").read_text())
+    design, fista = results["rows"]["the design"], results["rows"]["FISTA, 5 iterations"]
+    assert design["layers"] < 5 and design["gap_db"] < fista["gap_db"]
+    assert is_png(tmp_path / "design_loop.png") and is_png(tmp_path / "report.png")
+    assert "<html" in (tmp_path / "report.html").read_text(encoding="utf-8")

@@ -124,7 +124,7 @@ SINGLE = {
 def test_every_function_is_either_of_one_panel_or_returns_a_figure():
     drawn = {name for name in vars(plot) if name.islower() and not name.startswith("_")}
     functions = {name for name in drawn if callable(getattr(plot, name))}
-    assert functions - set(SINGLE) == {"before_after", "layer_profile", "scaling"}
+    assert functions - set(SINGLE) == {"before_after", "layer_profile", "scaling", "layer_report", "layer_quantity"}
 
 
 @pytest.mark.parametrize("name", SINGLE)

@@ -10,6 +10,7 @@ from . import metrics as metrics
 from . import operators as operators
 from . import problems as problems
 from . import recipes as recipes
+from . import report as report
 from . import solvers as solvers
 from . import sparse as sparse
 from . import training as training
@@ -26,6 +27,7 @@ from .lowrank import NMFEncoder as NMFEncoder
 from .lowrank import RobustNMFEncoder as RobustNMFEncoder
 from .lowrank import RPCAEncoder as RPCAEncoder
 from .momentum import Momentum as Momentum
+from .report import LayerReport as LayerReport
 from .sparse import ALISTA as ALISTA
 from .sparse import GLISTA as GLISTA
 from .sparse import LAMP as LAMP

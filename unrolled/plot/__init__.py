@@ -18,3 +18,5 @@ from .pictures import dictionary_mosaic as dictionary_mosaic
 from .pictures import filmstrip as filmstrip
 from .pictures import kernel_mosaic as kernel_mosaic
 from .pictures import support_evolution as support_evolution
+from .reports import layer_quantity as layer_quantity
+from .reports import layer_report as layer_report
