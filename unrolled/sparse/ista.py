@@ -13,6 +13,7 @@ from unrolled._tree import State
 from unrolled.functional import soft_threshold
 from unrolled.gradient import Backprop, Gradient
 from unrolled.momentum import Momentum
+from unrolled.shrinkage import Shrinkage
 from unrolled.solvers import lipschitz
 from unrolled.step import Step
 from unrolled.stopping import Tolerance
@@ -42,12 +43,18 @@ class _ISTAStep(Step):
         dictionary: Tensor,  # (m, n), atoms as columns
         *,
         alpha: float,
+        shrinkage: Shrinkage | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         _check.dictionary("dictionary", dictionary, allow_complex=True)
         self.alpha = _check.real("alpha", alpha, above=0.0, hint="It weighs the l1 norm.")
+        if shrinkage is not None and not isinstance(shrinkage, Shrinkage):
+            raise TypeError(
+                f"shrinkage must be an unrolled.shrinkage.Shrinkage such as PiecewiseLinear(), got {shrinkage!r}."
+            )
+        self.shrinkage = shrinkage
         like = _check.converted("dictionary", dictionary, device, dtype)
         self.weight = nn.Parameter(torch.empty_like(like.T, memory_format=torch.contiguous_format))
         # theta = exp(log_theta): positive whatever the optimiser does, and a learning rate is relative to its size.
@@ -72,6 +79,11 @@ class _ISTAStep(Step):
     def check(self, y: Tensor) -> None:
         _check.signals("y", y, self.weight, self.weight.shape[1], of="the dictionary")
 
+    def _shrunk(self, x: Tensor, theta: Tensor, *, inplace: bool = False) -> Tensor:
+        if self.shrinkage is None:
+            return soft_threshold(x, theta, inplace=inplace)
+        return self.shrinkage(x, theta)
+
     def extra_repr(self) -> str:
         n, m = self.weight.shape
         return f"signal={m}, atoms={n}, alpha={self.alpha:g}"
@@ -86,6 +98,7 @@ class LISTAStep(_ISTAStep):
     Args:
         dictionary: $D$, (m, n), atoms as columns, real or complex.
         alpha: weight of the l1 norm in the Lasso, positive.
+        shrinkage: what takes the place of the soft threshold, see `unrolled.shrinkage`.
         device, dtype: of the parameters; those of the dictionary where not given.
     """
 
@@ -94,10 +107,11 @@ class LISTAStep(_ISTAStep):
         dictionary: Tensor,
         *,
         alpha: float,
+        shrinkage: Shrinkage | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(dictionary, alpha=alpha, device=device, dtype=dtype)
+        super().__init__(dictionary, alpha=alpha, shrinkage=shrinkage, device=device, dtype=dtype)
         n = len(self.weight)
         self.inhibition = nn.Parameter(self.weight.new_empty(n, n))
         self.reset_parameters(dictionary)
@@ -117,8 +131,8 @@ class LISTAStep(_ISTAStep):
     def forward(self, x: Tensor, context: _Prepared) -> Tensor:
         drive, theta, inhibition, zero = context
         if _still(x, zero):
-            return soft_threshold(drive, theta)
-        return soft_threshold(_affine(x, inhibition, drive), theta, inplace=True)
+            return self._shrunk(drive, theta)
+        return self._shrunk(_affine(x, inhibition, drive), theta, inplace=True)
 
 
 class FactoredLISTAStep(_ISTAStep):
@@ -131,6 +145,7 @@ class FactoredLISTAStep(_ISTAStep):
     Args:
         dictionary: $D$, (m, n), atoms as columns, real or complex.
         alpha: weight of the l1 norm in the Lasso, positive.
+        shrinkage: what takes the place of the soft threshold, see `unrolled.shrinkage`.
         device, dtype: of the parameters; those of the dictionary where not given.
     """
 
@@ -139,10 +154,11 @@ class FactoredLISTAStep(_ISTAStep):
         dictionary: Tensor,
         *,
         alpha: float,
+        shrinkage: Shrinkage | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(dictionary, alpha=alpha, device=device, dtype=dtype)
+        super().__init__(dictionary, alpha=alpha, shrinkage=shrinkage, device=device, dtype=dtype)
         self.dictionary = nn.Parameter(self.weight.new_empty(dictionary.shape))
         self.reset_parameters(dictionary)
 
@@ -161,9 +177,9 @@ class FactoredLISTAStep(_ISTAStep):
     def forward(self, x: Tensor, context: _PreparedFactors) -> Tensor:
         y, theta, dictionary, weight, zero = context
         if _still(x, zero):
-            return soft_threshold(y @ weight, theta, inplace=True)
+            return self._shrunk(y @ weight, theta, inplace=True)
         residual = _affine(x, dictionary, y, -1)
-        return soft_threshold(_affine(residual, weight, x), theta, inplace=True)
+        return self._shrunk(_affine(residual, weight, x), theta, inplace=True)
 
 
 def _complement(weight: Tensor, dictionary: Tensor) -> Tensor:
@@ -203,6 +219,9 @@ class LISTA(Unroll):
         momentum: extrapolate between layers by Nesterov's schedule plus a learned offset, see `unrolled.Momentum`.
         factored: learn $W_k$ and $D_k$ with $S_k = I - W_k D_k$ (`FactoredLISTAStep`) in place of $W_k$ and $S_k$
             (`LISTAStep`). Cheaper where $2 m < n$; the same before training.
+        shrinkage: what takes the place of the soft threshold $S_\theta$, such as `PiecewiseLinear()` (starts as the
+            same) or `GeneralizedShrinkage(0.5)` (then $\alpha$ weighs $\sum|x_i|^p$). Layers that are not tied get
+            copies of it. `None` is the plain soft threshold, without further parameters.
         gradient: how gradients flow through the layers, see `unrolled.gradient`.
         stop: when a sample stops before the last layer, see `unrolled.Tolerance`.
         device, dtype: of the parameters; those of the dictionary where not given.
@@ -234,13 +253,14 @@ class LISTA(Unroll):
         tied: bool | Sequence[str] = False,
         momentum: bool = False,
         factored: bool = False,
+        shrinkage: Shrinkage | None = None,
         gradient: Gradient = Backprop(),
         stop: Tolerance | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         form = FactoredLISTAStep if factored else LISTAStep
-        step: Step = form(dictionary, alpha=alpha, device=device, dtype=dtype)
+        step: Step = form(dictionary, alpha=alpha, shrinkage=shrinkage, device=device, dtype=dtype)
         super().__init__(Momentum(step) if momentum else step, num_iters, tied=tied, gradient=gradient, stop=stop)
 
     def forward(  # type: ignore[override]  # each system says what it takes
