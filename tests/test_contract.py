@@ -12,9 +12,13 @@ import pytest
 import systems
 import systems_cluster
 import systems_crf
+import systems_deconvolution
+import systems_diffusion
 import systems_features
+import systems_image
 import systems_l0
 import systems_lowrank
+import systems_shrinkage
 import systems_sparse
 import torch
 from systems import System
@@ -23,6 +27,7 @@ from torch import Tensor
 from unrolled import Checkpointed, Tolerance, Truncated, Unroll
 
 BATCH = 3
+SHORT = 2  # a first and a later layer: tracing takes seconds for some, and as many times more for five
 EXACT = {"rtol": 0.0, "atol": 1e-12}  # the same float64 operations, perhaps in another order
 
 SYSTEMS = [
@@ -33,6 +38,10 @@ SYSTEMS = [
     *systems_lowrank.LOWRANK_SYSTEMS,
     *systems_crf.CRF_SYSTEMS,
     *systems_cluster.CLUSTER_SYSTEMS,
+    *systems_shrinkage.SHRINKAGE_SYSTEMS,
+    *systems_image.IMAGE_SYSTEMS,
+    *systems_deconvolution.DECONVOLUTION_SYSTEMS,
+    *systems_diffusion.DIFFUSION_SYSTEMS,
 ]
 every_system = pytest.mark.parametrize("system", SYSTEMS, ids=lambda system: system.name)
 
@@ -197,7 +206,7 @@ def test_state_dict_round_trip(system: System, assign: bool) -> None:
 
 @every_system
 def test_export_with_a_dynamic_batch(system: System) -> None:
-    net = perturbed(system.make()).eval()
+    net = perturbed(system.make(num_iters=SHORT)).eval()
     inputs = system.inputs(BATCH)
     dynamic = tuple({0: torch.export.Dim.DYNAMIC} for _ in inputs)
     program = torch.export.export(net, inputs, dynamic_shapes=dynamic)
@@ -209,7 +218,7 @@ def test_export_with_a_dynamic_batch(system: System) -> None:
 @pytest.mark.parametrize("stop", [None, Tolerance(rtol=1e-2)])
 def test_compile_fullgraph(system: System, stop: Tolerance | None) -> None:
     torch._dynamo.reset()
-    net = perturbed(system.make())
+    net = perturbed(system.make(num_iters=SHORT))
     net.stop = stop
     inputs = system.inputs(BATCH)
     weights = weights_for(net, inputs)

@@ -6,6 +6,14 @@ complex.
 """
 
 from .amp import amp as amp
+from .deconvolution import deconvolve as deconvolve
+from .deconvolution import estimate_kernel as estimate_kernel
+from .deconvolution import kernel_at_scale as kernel_at_scale
+from .denoising import dct_atoms as dct_atoms
+from .denoising import dct_shrinkage as dct_shrinkage
+from .diffusion import heat as heat
+from .diffusion import perona_malik as perona_malik
+from .diffusion import seeded_diffusion as seeded_diffusion
 from .kmeans import kmeans_objective as kmeans_objective
 from .kmeans import kmeans_plus_plus as kmeans_plus_plus
 from .kmeans import lloyd as lloyd

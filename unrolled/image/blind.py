@@ -1,0 +1,317 @@
+"""Blind deconvolution: kernel and image from coarse to fine, with exponents and weights learned for every iteration."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.fft import irfft2, rfft2
+
+from unrolled import _check
+from unrolled._tree import State
+from unrolled.functional import generalized_threshold
+from unrolled.gradient import Backprop, Gradient
+from unrolled.image.deconvolution import NonBlindDeconvolution
+from unrolled.shrinkage import GeneralizedShrinkage
+from unrolled.solvers.deconvolution import (
+    Frame,
+    check_blur,
+    check_image,
+    check_kernel_size,
+    complete,
+    enlarged,
+    first_kernel,
+    fitted_kernel,
+    frame,
+    resized,
+    scaled_size,
+    scales,
+    seen_gradients,
+    transfer,
+)
+from unrolled.step import Step
+from unrolled.stopping import Tolerance
+from unrolled.unroll import Unroll
+
+ETA = (0.002, 0.008, 0.032)
+RIDGE, PENALTY, CUT = 0.01, 0.1, 0.05
+
+
+class KernelState(NamedTuple):
+    """The kernel, the gradients of the sharp image, the multipliers of the kernel's constraints, and a counter."""
+
+    kernel: Tensor  # (..., 1, side, side), on the simplex
+    gradients: Tensor  # (..., 2 C, *frame): horizontal ones, then vertical ones
+    multipliers: Tensor  # (..., 1, *frame)
+    k: Tensor  # ()
+
+
+class _Prepared(NamedTuple):
+    kernel: Tensor  # the first one
+    seen: Tensor  # gradients of the blurred image, (..., 2 C, *frame)
+    inside: Tensor  # where they were seen, 0 or 1
+    area: Frame
+
+
+class KernelStep(Step):
+    r"""$d = (K^*K + \eta_j)^{-1}(K^*g + \eta_j\,G_{\lambda/\eta_j, p}(d)),\ j = 1, 2, 3$, then
+    $k = \arg\min_{k \in \Delta}\|k * d - g\|^2 + \epsilon\|k\|^2$.
+
+    One iteration of `solvers.kernel_at_scale`, with what that sets by hand as parameters. In iteration t of a
+    schedule of T, with $r = \min(t / (T - 1), 1)$: $\lambda = (1 - 0.8 r)\lambda_0$ and $p = p_0 + 1.5 r$, folded
+    back at 1 and -1. An untied network learns a $\lambda_0$ and a $p_0$ for each iteration, which is the same as
+    learning $\lambda$ and $p$. The multipliers of the kernel's ADMM start at 0 in every iteration; how much of the last
+    ones to keep, from -1 to 1, is learned, too.
+
+    Args:
+        schedule: T.
+        device, dtype: of the parameters.
+    """
+
+    event_dim = 3
+
+    def __init__(
+        self, schedule: int = 20, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        self.schedule = _check.integer("schedule", schedule)
+        self.shrinkage = GeneralizedShrinkage(-1.0, 5e-5, device=device, dtype=dtype)
+        like = self.shrinkage.log_weight
+        self.log_eta = nn.Parameter(like.new_empty(len(ETA)))
+        self.log_ridge = nn.Parameter(like.new_empty(()))
+        self.log_penalty = nn.Parameter(like.new_empty(()))
+        self.logit_cut = nn.Parameter(like.new_empty(()))
+        self.raw_keep = nn.Parameter(like.new_empty(()))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Back to the schedule set by hand."""
+        self.shrinkage.reset_parameters()
+        for parameter, value in ((self.log_eta, ETA), (self.log_ridge, RIDGE), (self.log_penalty, PENALTY)):
+            parameter.copy_(parameter.new_tensor(value).log())
+        self.logit_cut.copy_(self.logit_cut.new_tensor(CUT).logit())
+        self.raw_keep.zero_()
+
+    def exponent(self, k: Tensor) -> Tensor:
+        """p in iteration k, (1,)."""
+        place = (self.shrinkage.raw_p + 1 + 1.5 * self._progress(k)).remainder(4)
+        return torch.where(place <= 2, place - 1, 3 - place)
+
+    def weight(self, k: Tensor) -> Tensor:
+        """lambda in iteration k, (1,)."""
+        return self.shrinkage.weight * (1 - 0.8 * self._progress(k))
+
+    def _progress(self, k: Tensor) -> Tensor:
+        return (k / max(self.schedule - 1, 1)).clamp(max=1)
+
+    def check(self, y: Tensor, kernel: Tensor) -> None:
+        check_blur(y, kernel)
+        like = self.log_eta
+        if y.dtype != like.dtype and not _check.autocast(like.device):
+            raise TypeError(f"y is {y.dtype} but the network is {like.dtype}. Convert one with .to(...).")
+        if y.device != like.device:
+            raise ValueError(f"y is on {y.device} but the network is on {like.device}. Move one with .to(...).")
+
+    def prepare(self, y: Tensor, kernel: Tensor) -> _Prepared:
+        area = frame(y.shape[-2:], kernel.shape[-1])
+        return _Prepared(kernel, *seen_gradients(y, area), area)
+
+    def init(self, context: _Prepared) -> KernelState:
+        seen = context.seen
+        multipliers = seen.new_zeros(*seen.shape[:-3], 1, *context.area.full)
+        return KernelState(context.kernel, seen, multipliers, seen.new_zeros(()))
+
+    def forward(self, state: KernelState, context: _Prepared) -> KernelState:
+        _, seen, inside, area = context
+        weight, p = self.weight(state.k), self.exponent(state.k)
+        K = transfer(state.kernel, area.full)
+        g = complete(seen, inside, K, rfft2(state.gradients), area)
+        KG, power = K.conj() * rfft2(g), K.abs().square()
+        d, eta = g, self.log_eta.exp()
+        for e in eta.unbind():
+            w = generalized_threshold(d, weight / e, p)
+            d = irfft2((KG + e * rfft2(w)) / (power + e), s=area.full)
+        d = generalized_threshold(d, weight / eta[-1], p)
+        D = rfft2(d)
+        g = complete(seen, inside, K, D, area)
+        kernel, multipliers = fitted_kernel(
+            state.kernel,
+            state.multipliers,
+            D,
+            rfft2(g),
+            area,
+            self.log_ridge.exp(),
+            self.log_penalty.exp(),
+            self.logit_cut.sigmoid(),
+            self.raw_keep.tanh(),
+        )
+        return KernelState(kernel, d, multipliers, state.k + 1)
+
+    def readout(self, state: KernelState) -> Tensor:
+        return state.kernel
+
+    def extra_repr(self) -> str:
+        return f"schedule={self.schedule}"
+
+
+class KernelEstimation(Unroll):
+    r"""$d = (K^*K + \eta_{tj})^{-1}(K^*g + \eta_{tj}\,G_{\lambda_t/\eta_{tj}, p_t}(d)),\quad
+    k = \arg\min_{k\in\Delta}\|k * d - g\|^2 + \epsilon_t\|k\|^2$: the blur of an image at one scale.
+
+    Finds the kernel on the simplex $\Delta$ (no negative entry, sum 1) from the gradients g of a blurred image, with
+    the exponent $p_t$ and the weight $\lambda_t$ of each iteration as parameters, beside $\eta$, $\epsilon$ and what
+    the kernel's ADMM needs. Untrained it is `solvers.kernel_at_scale`. `BlindDeconvolution` runs it from coarse to
+    fine.
+
+    Args:
+        num_iters: number of iterations T.
+        tied: each iteration its own parameters (`False`); `True`: one set, with the hand-made schedule on top.
+        gradient: how gradients flow through the iterations, see `unrolled.gradient`.
+        stop: when an image stops before the last iteration, see `unrolled.Tolerance`.
+        device, dtype: of the parameters.
+
+    Shape:
+        - y: (..., C, height, width), in [0, 1]; all channels under one kernel
+        - kernel: (..., 1, side, side), the first kernel, odd side, sum 1, the batch dimensions of y
+        - output: (..., 1, side, side), centred as far as its size allows
+
+    Raises:
+        TypeError: an image of integers, a dtype that does not fit, a strategy of another kind.
+        ValueError: a kernel with an even side, larger than the image or with a sum that is not 1; NaN; a wrong shape.
+
+    Example:
+        >>> net = KernelEstimation(num_iters=2)
+        >>> start = torch.zeros(2, 1, 5, 5)
+        >>> start[..., 2, 2:4] = 0.5
+        >>> net(torch.rand(2, 1, 32, 32), start).sum((-2, -1)).flatten().detach()
+        tensor([1., 1.])
+
+    Reference:
+        W. Zuo, D. Ren, D. Zhang, S. Gu and L. Zhang, "Learning Iteration-wise Generalized Shrinkage-Thresholding
+        Operators for Blind Deconvolution", IEEE Transactions on Image Processing 25(4), 2016, for the structure.
+    """
+
+    def __init__(
+        self,
+        num_iters: int = 20,
+        *,
+        tied: bool | Sequence[str] = False,
+        gradient: Gradient = Backprop(),
+        stop: Tolerance | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        schedule = _check.integer("num_iters", num_iters)
+        step = KernelStep(schedule, device=device, dtype=dtype)
+        super().__init__(step, schedule, tied=tied, gradient=gradient, stop=stop)
+
+    def forward(  # type: ignore[override]  # each system says what it takes
+        self, y: Tensor, kernel: Tensor, *, state: State | None = None, num_iters: int | None = None
+    ) -> Tensor:
+        return super().forward(y, kernel, state=state, num_iters=num_iters)
+
+    @torch.no_grad()
+    def learned_schedule(self) -> tuple[list[float], list[float]]:
+        r"""The exponents $p_t$ and the weights $\lambda_t$ of all iterations."""
+        steps = [cast(KernelStep, self[t]) for t in range(len(self))]
+        numbers = torch.arange(len(self), device=steps[0].log_eta.device)
+        pairs = [(step.exponent(t), step.weight(t)) for step, t in zip(steps, numbers, strict=True)]
+        return [float(p) for p, _ in pairs], [float(weight) for _, weight in pairs]
+
+
+class Deblurred(NamedTuple):
+    """What `BlindDeconvolution` found."""
+
+    image: Tensor  # (..., C, height, width), not clipped
+    kernel: Tensor  # (..., 1, kernel_size, kernel_size)
+
+
+class BlindDeconvolution(nn.Module):
+    r"""$\hat k = $ `KernelEstimation` from coarse to fine, $\hat x = $ `NonBlindDeconvolution`$(y, \hat k)$.
+
+    Sharpens an image whose blur is not known. The kernel is found on a small version of the image first, where it has
+    5 x 5 pixels, and from there on versions that are larger by about $\sqrt2$ each, always with the same iterations.
+    Untrained it is `solvers.estimate_kernel` with `solvers.deconvolve`.
+
+    Args:
+        kernel_estimation: the iterations at each scale; `KernelEstimation()` where not given.
+        deconvolution: what restores the image with the kernel; `NonBlindDeconvolution()` where not given.
+        data_range: the distance of white from black; `deconvolution` must have the same.
+
+    Shape:
+        - y: (..., C, height, width), in [0, data_range], the dtype and device of the parameters
+        - output: `Deblurred(image, kernel)`
+
+    Raises:
+        TypeError: an image of integers, a part that is no network of its kind.
+        ValueError: a kernel size that is even or larger than the image, NaN, a wrong shape, data ranges that differ.
+
+    Example:
+        >>> net = BlindDeconvolution(KernelEstimation(2), NonBlindDeconvolution(2))
+        >>> image, kernel = net(torch.rand(1, 1, 40, 40), kernel_size=7)
+        >>> image.shape, kernel.shape
+        (torch.Size([1, 1, 40, 40]), torch.Size([1, 1, 7, 7]))
+
+    Reference:
+        W. Zuo, D. Ren, D. Zhang, S. Gu and L. Zhang, "Learning Iteration-wise Generalized Shrinkage-Thresholding
+        Operators for Blind Deconvolution", IEEE Transactions on Image Processing 25(4), 2016, for the structure.
+    """
+
+    def __init__(
+        self,
+        kernel_estimation: KernelEstimation | None = None,
+        deconvolution: NonBlindDeconvolution | None = None,
+        *,
+        data_range: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.data_range = _check.real("data_range", data_range, above=0.0)
+        estimation = KernelEstimation() if kernel_estimation is None else kernel_estimation
+        tail = NonBlindDeconvolution(data_range=self.data_range) if deconvolution is None else deconvolution
+        for name, part, kind in (
+            ("kernel_estimation", estimation, KernelEstimation),
+            ("deconvolution", tail, NonBlindDeconvolution),
+        ):
+            if not isinstance(part, kind):
+                raise TypeError(f"{name} must be a {kind.__name__}, got {part!r}.")
+        if tail[0].data_range != self.data_range:
+            raise ValueError(
+                f"data_range is {data_range:g} but that of deconvolution is {tail[0].data_range}. Give both the same."
+            )
+        self.kernel_estimation = estimation
+        self.deconvolution = tail
+
+    def forward(self, y: Tensor, kernel_size: int = 25) -> Deblurred:
+        """The sharp image and the kernel.
+
+        Args:
+            y: the blurred image.
+            kernel_size: an upper bound of the kernel's side, odd, at least 3. A tight one gives the best kernel.
+        """
+        kernel = self.kernels(y, kernel_size)[-1]
+        return Deblurred(self.deconvolution(y, kernel), kernel)
+
+    def kernels(self, y: Tensor, kernel_size: int) -> list[Tensor]:
+        """The kernel of every scale, from coarse to fine, the last one as large as asked for.
+
+        No gradient flows from one scale to the one before: each is trained by what it makes of the kernel it is given.
+
+        Args:
+            y: the blurred image.
+            kernel_size: as in a call.
+        """
+        check_image(y)
+        check_kernel_size(kernel_size, y)
+        y = y / self.data_range
+        kernels: list[Tensor] = []
+        for side in scales(kernel_size):
+            small = resized(y, scaled_size(y, side, kernel_size))
+            start = enlarged(kernels[-1].detach(), side) if kernels else first_kernel(small, side)
+            kernels.append(self.kernel_estimation(small, start))
+        return kernels
+
+    def extra_repr(self) -> str:
+        return f"data_range={self.data_range:g}"
