@@ -188,3 +188,51 @@ def test_design_loop(tmp_path):
     assert design["layers"] < 5 and design["gap_db"] < fista["gap_db"]
     assert is_png(tmp_path / "design_loop.png") and is_png(tmp_path / "report.png")
     assert "<html" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_learned_pde(tmp_path):
+    run("learned_pde.py", "--smoke", "--out", tmp_path)
+    results = json.loads((tmp_path / "results.json").read_text())
+    psnr = results["psnr"]
+    assert sum(psnr["learned PDE"]) > sum(psnr["learned PDE, not trained"]) + 0.5
+    assert results["asymmetry"] < 1e-3
+    assert is_png(tmp_path / "learned_pde.png")
+
+
+def test_seeded_diffusion(tmp_path):
+    run("seeded_diffusion.py", "--smoke", "--out", tmp_path)
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    error = {name: row["mean_absolute_error"] for name, row in rows.items()}
+    assert error["diffused, trained"] < error["diffused, not trained"] - 0.01
+    assert is_png(tmp_path / "seeded_diffusion.png")
+
+
+def test_decoupled_mlp(tmp_path):
+    printed = run("decoupled_mlp.py", "--smoke", "--out", tmp_path)
+    assert "test accuracy" in printed
+    curves = json.loads((tmp_path / "results.json").read_text())["accuracy"]
+    assert curves["backpropagation"][-1] > 0.85 and curves["cDNI"][-1] > 0.75
+    assert is_png(tmp_path / "decoupled_mlp.png")
+
+
+def test_deep_clustering(tmp_path):
+    run("deep_clustering.py", "--smoke", "--out", tmp_path)
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert rows["trained together"]["nmi"] > 50
+    assert is_png(tmp_path / "deep_clustering.png")
+
+
+def test_denoise(tmp_path):
+    printed = run("denoise.py", "--smoke", "--out", tmp_path)
+    assert "CPU s" in printed
+    psnr = json.loads((tmp_path / "results.json").read_text())["psnr"]
+    assert psnr["TNRD"] > psnr["DCT shrinkage"] + 0.3 > psnr["noisy"] + 4
+    assert is_png(tmp_path / "denoise.png") and is_png(tmp_path / "denoised.png")
+
+
+def test_deblur(tmp_path):
+    run("deblur.py", "--smoke", "--out", tmp_path)
+    rows = {row["what"]: row for row in json.loads((tmp_path / "results.json").read_text())["rows"]}
+    assert rows["true kernel"]["psnr"] > rows["blurred"]["psnr"] + 2
+    assert rows["true kernel"]["kernel_error"] == 0 < rows["schedule by hand"]["kernel_error"] < 1
+    assert is_png(tmp_path / "deblur.png")

@@ -198,9 +198,13 @@ MODULES = [
     "lowrank",
     "crf",
     "cluster",
+    "shrinkage",
+    "image",
+    "decoupled",
     "losses",
     "report",
     "training",
+    "recipes",
 ]
 
 

@@ -2,8 +2,10 @@
 
 from . import cluster as cluster
 from . import crf as crf
+from . import decoupled as decoupled
 from . import functional as functional
 from . import gradient as gradient
+from . import image as image
 from . import losses as losses
 from . import lowrank as lowrank
 from . import metrics as metrics
@@ -11,18 +13,26 @@ from . import operators as operators
 from . import problems as problems
 from . import recipes as recipes
 from . import report as report
+from . import shrinkage as shrinkage
 from . import solvers as solvers
 from . import sparse as sparse
 from . import training as training
 from .autoencoder import Autoencoder as Autoencoder
+from .cluster import DeepKMeans as DeepKMeans
 from .cluster import KMeans as KMeans
 from .cluster import KMeansHead as KMeansHead
 from .crf import CRFasRNN as CRFasRNN
+from .decoupled import SyntheticGradients as SyntheticGradients
 from .gradient import Backprop as Backprop
 from .gradient import Checkpointed as Checkpointed
 from .gradient import Implicit as Implicit
 from .gradient import Phantom as Phantom
 from .gradient import Truncated as Truncated
+from .image import TNRD as TNRD
+from .image import BlindDeconvolution as BlindDeconvolution
+from .image import LearnedPDE as LearnedPDE
+from .image import NonBlindDeconvolution as NonBlindDeconvolution
+from .image import SeededDiffusion as SeededDiffusion
 from .lowrank import NMFEncoder as NMFEncoder
 from .lowrank import RobustNMFEncoder as RobustNMFEncoder
 from .lowrank import RPCAEncoder as RPCAEncoder

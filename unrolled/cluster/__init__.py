@@ -1,6 +1,11 @@
 """Clustering: k-means as a layer, as an unrolled loop, and with an encoder that learns."""
 
 from .annealing import AnnealTemperature as AnnealTemperature
+from .deep import DeepKMeans as DeepKMeans
+from .deep_augmentation import RandomAffine as RandomAffine
+from .encoders import Coders as Coders
+from .encoders import convolutional_coders as convolutional_coders
+from .encoders import fully_connected_coders as fully_connected_coders
 from .kmeans import Clusters as Clusters
 from .kmeans import KMeansHead as KMeansHead
 from .lloyd import KMeans as KMeans
