@@ -5,8 +5,9 @@ iterate, Adam with a cosine, gradients of the network clipped at norm 1, batches
 
 train   32 untied layers, windows of 8. Each strategy at its own best rate of 1e-3 and 3e-3, chosen on the validation
         codes of seed 0; and all at 1e-3. Synthesisers learn at 1e-3. (With thresholds at ten times the rate, and
-        synthesisers at that of the network, the unconditioned ones diverged.) Wanted: conditioned synthetic gradients at least 3 dB better than Truncated at 1e-3, within 0.5 dB of
-        Backprop at best rates; unconditioned ones within 1 dB of Truncated.
+        synthesisers at that of the network, the unconditioned ones diverged.) Wanted: conditioned synthetic gradients
+        at least 3 dB better than Truncated at 1e-3, within 0.5 dB of Backprop at best rates; unconditioned ones within
+        1 dB of Truncated.
 memory  Peak bytes that autograd holds for backward (parameters left out, each storage counted once) and CPU time of
         forward + backward, for 32 untied and 96 tied layers. Wanted: synthetic / Backprop at most 1/8 at 96. The sums
         of gradients that windows keep until `loss.backward()` are counted apart: one copy of the parameters.

@@ -234,5 +234,5 @@ def test_deblur(tmp_path):
     run("deblur.py", "--smoke", "--out", tmp_path)
     rows = {row["what"]: row for row in json.loads((tmp_path / "results.json").read_text())["rows"]}
     assert rows["true kernel"]["psnr"] > rows["blurred"]["psnr"] + 2
-    assert rows["true kernel"]["kernel_error"] == 0 < rows["schedule by hand"]["kernel_error"] < 1
+    assert rows["true kernel"]["kernel_error"] < 1e-4 < rows["schedule by hand"]["kernel_error"] < 1
     assert is_png(tmp_path / "deblur.png")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +54,7 @@ class _ISTAStep(Step):
             raise TypeError(
                 f"shrinkage must be an unrolled.shrinkage.Shrinkage such as PiecewiseLinear(), got {shrinkage!r}."
             )
-        self.shrinkage = shrinkage
+        self.shrinkage: Any = shrinkage  # SC2Net takes functions, too
         like = _check.converted("dictionary", dictionary, device, dtype)
         self.weight = nn.Parameter(torch.empty_like(like.T, memory_format=torch.contiguous_format))
         # theta = exp(log_theta): positive whatever the optimiser does, and a learning rate is relative to its size.
