@@ -7,6 +7,7 @@ import json
 import platform
 import statistics
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -14,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import unrolled
 
@@ -40,6 +42,40 @@ def ratio(seconds: Mapping[str, Sequence[float]], name: str, base: str) -> float
 
 def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+class Meter:
+    """Peak bytes of what autograd holds at a time while something runs, each storage once, without `ignored`."""
+
+    def __init__(self, *ignored: Tensor) -> None:
+        self.ignored = {tensor.untyped_storage().data_ptr() for tensor in ignored}
+        self.counts: dict[int, int] = {}
+        self.now = self.peak = 0
+
+    class _Handle:
+        def __init__(self, tensor: Tensor) -> None:
+            self.tensor = tensor.detach()  # with its past it would keep the node alive that saved it
+
+    def _pack(self, tensor: Tensor) -> _Handle:
+        handle = self._Handle(tensor)
+        storage = tensor.untyped_storage()
+        key, size = storage.data_ptr(), storage.nbytes()
+        if key not in self.ignored:
+            self.counts[key] = self.counts.get(key, 0) + 1
+            self.now += size if self.counts[key] == 1 else 0
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(handle, self._drop, key, size)
+        return handle
+
+    def _drop(self, key: int, size: int) -> None:
+        self.counts[key] -= 1
+        if self.counts[key] == 0:
+            self.now -= size
+
+    def __call__(self, run: Callable[[], Any]) -> int:
+        with torch.autograd.graph.saved_tensors_hooks(self._pack, lambda handle: handle.tensor):
+            run()
+        return self.peak
 
 
 def table(rows: Sequence[Sequence[Any]], header: Sequence[str]) -> None:

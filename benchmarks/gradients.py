@@ -27,13 +27,12 @@ import json
 import math
 import statistics
 import warnings
-import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-from _common import RESULTS, interleaved, save, table
+from _common import RESULTS, Meter, interleaved, save, table
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -86,40 +85,6 @@ def energy(net: Any, y: Tensor) -> Tensor:
 
 def backward(loss: Callable[[], Tensor]) -> None:
     loss().backward()
-
-
-class Meter:
-    """Peak bytes of what autograd holds at a time while something runs, each storage once."""
-
-    def __init__(self, *ignored: Tensor) -> None:
-        self.ignored = {tensor.untyped_storage().data_ptr() for tensor in ignored}
-        self.counts: dict[int, int] = {}
-        self.now = self.peak = 0
-
-    class _Handle:
-        def __init__(self, tensor: Tensor) -> None:
-            self.tensor = tensor.detach()  # with its past it would keep the node alive that saved it
-
-    def _pack(self, tensor: Tensor) -> _Handle:
-        handle = self._Handle(tensor)
-        storage = tensor.untyped_storage()
-        key, size = storage.data_ptr(), storage.nbytes()
-        if key not in self.ignored:
-            self.counts[key] = self.counts.get(key, 0) + 1
-            self.now += size if self.counts[key] == 1 else 0
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(handle, self._drop, key, size)
-        return handle
-
-    def _drop(self, key: int, size: int) -> None:
-        self.counts[key] -= 1
-        if self.counts[key] == 0:
-            self.now -= size
-
-    def __call__(self, run: Callable[[], Any]) -> int:
-        with torch.autograd.graph.saved_tensors_hooks(self._pack, lambda handle: handle.tensor):
-            run()
-        return self.peak
 
 
 def peak_bytes(run: Callable[[], Tensor], net: Unroll, y: Tensor, *others: Tensor) -> int:

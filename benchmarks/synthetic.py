@@ -24,12 +24,11 @@ import argparse
 import functools
 import statistics
 import time
-import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from _common import RESULTS, interleaved, save, spread, table
+from _common import RESULTS, Meter, interleaved, save, spread, table
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -198,40 +197,6 @@ def plot(result: dict[str, Any]) -> None:
 # ---- Memory and time -------------------------------------------------------------------------------------------------
 
 
-class Meter:
-    """Peak bytes of the tensors that autograd saves: each storage once, parameters left out."""
-
-    def __init__(self, net: nn.Module) -> None:
-        self.ignored = {parameter.untyped_storage().data_ptr() for parameter in net.parameters()}
-        self.counts: dict[int, int] = {}
-        self.now = self.peak = 0
-
-    class _Handle:
-        def __init__(self, tensor: Tensor) -> None:
-            self.tensor = tensor.detach()  # with its past it would keep the node alive that saved it
-
-    def _pack(self, tensor: Tensor) -> _Handle:
-        handle = self._Handle(tensor)
-        storage = tensor.untyped_storage()
-        key, size = storage.data_ptr(), storage.nbytes()
-        if key not in self.ignored:
-            self.counts[key] = self.counts.get(key, 0) + 1
-            self.now += size if self.counts[key] == 1 else 0
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(handle, self._drop, key, size)
-        return handle
-
-    def _drop(self, key: int, size: int) -> None:
-        self.counts[key] -= 1
-        if self.counts[key] == 0:
-            self.now -= size
-
-    def __call__(self, run: Callable[[], Any]) -> int:
-        with torch.autograd.graph.saved_tensors_hooks(self._pack, lambda handle: handle.tensor):
-            run()
-        return self.peak
-
-
 def window(net: Unroll, y: Tensor, x: Tensor) -> None:
     error(net[:WINDOW](y), x).backward()
 
@@ -252,11 +217,11 @@ def memory() -> dict[str, Any]:
                 net.zero_grad()
                 loss(y, x).backward()
 
-            peaks[name] = Meter(net)(call)
+            peaks[name] = Meter(*net.parameters())(call)
             gradients[name] = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in net.parameters()]
             if name.startswith("Checkpointed"):  # the window that the backward pass runs once more is out of its sight
                 net.gradient = Backprop()
-                peaks[name] += Meter(net)(functools.partial(window, net, y, x))
+                peaks[name] += Meter(*net.parameters())(functools.partial(window, net, y, x))
                 net.gradient = Checkpointed(WINDOW)
             own = name.startswith(("synthetic", "local"))
             kept[name] = sum(p.nbytes for p in net.parameters()) if own else 0

@@ -153,10 +153,7 @@ def images(name: str, value: Any, like: Tensor, data_range: float, *, channels: 
             f"{name} must have shape (..., {count}, height, width), got {tuple(value.shape)}. A picture without a "
             f"dimension for channels is {name}.unsqueeze(-3)."
         )
-    if value.dtype != like.dtype and not autocast(like.device):
-        raise TypeError(f"{name} is {value.dtype} but the network is {like.dtype}. Convert one with .to(...).")
-    if value.device != like.device:
-        raise ValueError(f"{name} is on {value.device} but the network is on {like.device}. Move one by .to(...).")
+    of_the_network(name, value, like)
     finite(name, value)
     if can_look_at(value) and value.detach().abs().amax() > FAR * data_range:
         raise ValueError(
@@ -164,6 +161,14 @@ def images(name: str, value: Any, like: Tensor, data_range: float, *, channels: 
             "network with the image's data_range, or rescale the image."
         )
     return value
+
+
+def of_the_network(name: str, value: Tensor, like: Tensor) -> None:
+    """Refuse a tensor of another dtype (but under autocast) or device than a parameter of the network."""
+    if value.dtype != like.dtype and not autocast(like.device):
+        raise TypeError(f"{name} is {value.dtype} but the network is {like.dtype}. Convert one with .to(...).")
+    if value.device != like.device:
+        raise ValueError(f"{name} is on {value.device} but the network is on {like.device}. Move one with .to(...).")
 
 
 def _advice(hint: str) -> str:

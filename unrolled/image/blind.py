@@ -109,11 +109,7 @@ class KernelStep(Step):
 
     def check(self, y: Tensor, kernel: Tensor) -> None:
         check_blur(y, kernel)
-        like = self.log_eta
-        if y.dtype != like.dtype and not _check.autocast(like.device):
-            raise TypeError(f"y is {y.dtype} but the network is {like.dtype}. Convert one with .to(...).")
-        if y.device != like.device:
-            raise ValueError(f"y is on {y.device} but the network is on {like.device}. Move one with .to(...).")
+        _check.of_the_network("y", y, self.log_eta)
 
     def prepare(self, y: Tensor, kernel: Tensor) -> _Prepared:
         area = frame(y.shape[-2:], kernel.shape[-1])

@@ -96,11 +96,7 @@ class DeconvolutionStep(Step):
 
     def check(self, y: Tensor, kernel: Tensor) -> None:
         check_blur(y, kernel)
-        like = self.log_weight
-        if y.dtype != like.dtype and not _check.autocast(like.device):
-            raise TypeError(f"y is {y.dtype} but the network is {like.dtype}. Convert one with .to(...).")
-        if y.device != like.device:
-            raise ValueError(f"y is on {y.device} but the network is on {like.device}. Move one with .to(...).")
+        _check.of_the_network("y", y, self.log_weight)
 
     def prepare(self, y: Tensor, kernel: Tensor) -> _Prepared:
         y = y / self.data_range
