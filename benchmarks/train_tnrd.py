@@ -6,7 +6,7 @@ depend much on what else the machine does. With `--checkpoint` a run that was in
 
     python benchmarks/train_tnrd.py --data FOLDER                                 # 5x5 at 25, then 15 and 50
     python benchmarks/train_tnrd.py --data FOLDER --filter-size 7 --sigma 25
-    python benchmarks/train_tnrd.py --data FOLDER --sigma 25 --further 1          # then go on; and again, with 2
+    python benchmarks/train_tnrd.py --data FOLDER --sigma 25 --further 1          # then go on; and again, with 2, 3
     python benchmarks/train_tnrd.py --data FOLDER --sigma 25 --filter-size 7 --further 1
     python benchmarks/train_tnrd.py --data FOLDER --sigma 25 --steps 20000 --checkpoint run.pt    # a longer run
 """
