@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from unrolled import _check
-from unrolled._tree import State
+from unrolled._tree import State, detach
 from unrolled.gradient.protocol import Advance, bare, batch_dims, can_look, moving
 
 SLOW = 0.98  # measured (docs/gradients.md): one-step gradients kept their direction at 0.95 to 0.97, not from 0.982 on
@@ -167,14 +167,19 @@ class Guard:
         self.calls += 1
         return not self.warned and self.calls & (self.calls - 1) == 0
 
-    def watch(self, advance: Advance, state: State, num_iters: int) -> tuple[State, ContractionMeter]:
-        """The first iterations, one by one, and how they contract."""
+    @torch.no_grad()
+    def run(
+        self, advance: Advance, state: State, num_iters: int, *, watched: bool
+    ) -> tuple[State, ContractionMeter | None]:
+        """The first iterations without a graph; `watched`, one by one, and how they contract."""
+        if not watched:
+            return detach(advance(state, 0, num_iters)), None
         meter = ContractionMeter(batch_dims(advance, state))
         meter.update(state)
         for k in range(num_iters):
             state = advance(state, k, k + 1)
             meter.update(state)
-        return state, meter
+        return detach(state), meter
 
     def warn(self, message: str) -> None:
         self.warned = True

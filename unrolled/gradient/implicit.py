@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from unrolled import _check
-from unrolled._tree import State, detach
+from unrolled._tree import State
 from unrolled.gradient.contraction import ContractionMeter, Guard
 from unrolled.gradient.protocol import (
     Advance,
@@ -89,13 +89,7 @@ class Implicit:
         once = one_map(advance, self)
         check_differentiable(self, state)
         refuse_transforms(self, only_gradients=False)
-        watched = self._guard.due(state)
-        with torch.no_grad():
-            if watched:
-                state, meter = self._guard.watch(advance, state, num_iters)
-            else:
-                state = advance(state, 0, num_iters)
-        state = detach(state)
+        state, meter = self._guard.run(advance, state, num_iters, watched=self._guard.due(state))
         if not torch.is_grad_enabled() or exporting():
             return state
         if torch.compiler.is_compiling():
@@ -104,7 +98,7 @@ class Implicit:
         point = bare(state)
         z = [tensor.detach().requires_grad_() for tensor in moving(point)]
         after = moving(once(put(point, z)))
-        if watched:
+        if meter is not None:
             meter.update(put(point, [tensor.detach() for tensor in after]))
             self._judge(meter, num_iters)
         if not _learns(after, z):

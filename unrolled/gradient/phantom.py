@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 
 from unrolled import _check
-from unrolled._tree import State, detach
+from unrolled._tree import State
 from unrolled.gradient.contraction import SLOW, Guard
 from unrolled.gradient.protocol import Advance, bare, check_differentiable, moving, one_map, put
 from unrolled.stopping import Running
@@ -54,14 +54,9 @@ class Phantom:
     def __call__(self, advance: Advance, state: State, num_iters: int) -> State:
         once = one_map(advance, self)
         check_differentiable(self, state)
-        watched = self._guard.due(state)
-        with torch.no_grad():
-            if watched:
-                state, meter = self._guard.watch(advance, state, num_iters)
-                self._judge(meter.slowest, num_iters)
-            else:
-                state = advance(state, 0, num_iters)
-        state = detach(state)
+        state, meter = self._guard.run(advance, state, num_iters, watched=self._guard.due(state))
+        if meter is not None:
+            self._judge(meter.slowest, num_iters)
         if not torch.is_grad_enabled():
             return state
         tau, z = self.damping, bare(state)

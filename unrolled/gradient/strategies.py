@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-import torch
 from torch.utils.checkpoint import checkpoint
 
 from unrolled import _check
-from unrolled._tree import State, detach
+from unrolled._tree import State
 from unrolled.gradient.contraction import SLOW, Guard
 from unrolled.gradient.protocol import Advance, check_differentiable, is_tied, refuse_transforms
 
@@ -87,13 +86,9 @@ class Truncated:
         if first > 0:
             check_differentiable(self, state)
             watched = is_tied(advance) and self._guard.due(state)
-            with torch.no_grad():
-                if watched:
-                    state, meter = self._guard.watch(advance, state, first)
-                    self._judge(meter.slowest, num_iters)
-                else:
-                    state = advance(state, 0, first)
-            state = detach(state)
+            state, meter = self._guard.run(advance, state, first, watched=watched)
+            if meter is not None:
+                self._judge(meter.slowest, num_iters)
         return advance(state, first, num_iters)
 
     def _judge(self, factor: float, num_iters: int) -> None:
