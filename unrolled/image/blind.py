@@ -15,6 +15,7 @@ from unrolled.functional import generalized_threshold
 from unrolled.gradient import Backprop, Gradient
 from unrolled.image.deconvolution import NonBlindDeconvolution
 from unrolled.shrinkage import GeneralizedShrinkage
+from unrolled.shrinkage.generalized import folded
 from unrolled.solvers.deconvolution import (
     Frame,
     check_blur,
@@ -97,8 +98,7 @@ class KernelStep(Step):
 
     def exponent(self, k: Tensor) -> Tensor:
         """p in iteration k, (1,)."""
-        place = (self.shrinkage.raw_p + 1 + 1.5 * self._progress(k)).remainder(4)
-        return torch.where(place <= 2, place - 1, 3 - place)
+        return folded(self.shrinkage.raw_p + 1.5 * self._progress(k))
 
     def weight(self, k: Tensor) -> Tensor:
         """lambda in iteration k, (1,)."""

@@ -74,8 +74,7 @@ class GeneralizedShrinkage(Shrinkage):
     @property
     def p(self) -> Tensor:
         """The exponents, (num_channels,), from -1 to 1."""
-        place = (self.raw_p + 1).remainder(4)
-        return torch.where(place <= 2, place - 1, 3 - place)
+        return folded(self.raw_p)
 
     @property
     def weight(self) -> Tensor:
@@ -87,3 +86,9 @@ class GeneralizedShrinkage(Shrinkage):
 
     def extra_repr(self) -> str:
         return joined(f"p={self.first_p:g}, weight={self.first_weight:g}", super().extra_repr())
+
+
+def folded(raw: Tensor) -> Tensor:
+    """`raw` folded back into [-1, 1] at both ends, with slope 1 or -1 everywhere."""
+    place = (raw + 1).remainder(4)
+    return torch.where(place <= 2, place - 1, 3 - place)
