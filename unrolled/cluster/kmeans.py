@@ -271,7 +271,7 @@ class KMeansHead(nn.Module):
 
     def _logits(self, x: Tensor) -> Tensor:
         """Of samples that `_inputs` let in."""
-        with torch.autocast(x.device.type, enabled=False):  # differences of squares: not in half precision
+        with _check.full_precision(x.device):  # differences of squares: not in half precision
             return linear(x, self.weight, self.bias) - x.square().sum(-1, keepdim=True)
 
     def _inputs(self, x: Tensor) -> Tensor:
@@ -316,7 +316,7 @@ class KMeansHead(nn.Module):
         if sample_weight is not None:
             parts = parts * self._weights(sample_weight, x).unsqueeze(-1)
         parts = parts.reshape(-1, self.num_clusters)
-        with torch.autocast(x.device.type, enabled=False):
+        with _check.full_precision(x.device):
             return parts.mT @ x.reshape(-1, self.in_features), parts.sum(0)
 
     def extra_repr(self) -> str:

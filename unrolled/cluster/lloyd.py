@@ -107,7 +107,7 @@ class KMeansStep(Step):
 
     def forward(self, centres: Tensor, context: _Prepared) -> Tensor:
         points, weights, _ = context
-        with torch.autocast(points.device.type, enabled=False):  # differences of squares: not in half precision
+        with _check.full_precision(points.device):  # differences of squares: not in half precision
             # Without |x|^2, which is the same for all centres: neither softmax nor the nearest centre see it.
             logits = 2 * points @ centres.mT - centres.square().sum(-1).unsqueeze(-2)
             parts = assignments(logits, self.temperature)

@@ -15,7 +15,7 @@ from sklearn.utils.validation import _check_sample_weight
 from torch import Tensor
 
 from unrolled.cluster import DataPoints, KMeansHead, KMeansPlusPlus
-from unrolled.cluster._geometry import euclidean_move, spherical_move
+from unrolled.cluster._geometry import euclidean_move, spherical_move, unit
 from unrolled.cluster.kmeans import revived
 from unrolled.cluster.restarts import Batch, best_of_restarts, default_annealing, least_share, starts, totals, window
 from unrolled.cluster.starts import Start
@@ -291,7 +291,7 @@ class KMeansNet(ClusterMixin, TorchTransformer):
         """Rows of X in the network's dtype and on its device, where spherical of norm 1, with their weights."""
         x = torch.from_numpy(np.array(X[rows], dtype=self._dtype, order="C")).to(self._place)
         if self.spherical:
-            x = torch.nn.functional.normalize(x, dim=1, eps=torch.finfo(x.dtype).tiny)
+            x = unit(x)
         return x, torch.from_numpy(weights[rows]).to(self._place)
 
     def _starts(self, x: Tensor, weights: Tensor, generator: torch.Generator) -> Tensor:  # (r, k, d)
@@ -308,7 +308,7 @@ class KMeansNet(ClusterMixin, TorchTransformer):
             raise ValueError("init has a row of zeros, which has no direction: replace it, or use spherical=False.")
         centres = torch.from_numpy(given).to(self._place)
         if self.spherical:
-            centres = torch.nn.functional.normalize(centres, dim=1)
+            centres = unit(centres)
         return centres.unsqueeze(0)
 
     def _best_start(self, x: Tensor, weights: Tensor, generator: torch.Generator) -> Tensor:
