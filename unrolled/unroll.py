@@ -95,7 +95,7 @@ class Unroll(nn.Module):
 
     def run(self, input: Any, *context: Any, state: State | None = None, num_iters: int | None = None) -> State:
         """Like calling the network, but returns the whole last state: pass it on as `state=` to go on from there."""
-        advance, state, num_iters = self._start(input, *context, state=state, num_iters=num_iters)
+        advance, state, num_iters = self.start(input, *context, state=state, num_iters=num_iters)
         if self.stop is None:
             return self.gradient(advance, state, num_iters)
         return self.gradient(advance, self.stop.begin(self._first, state), num_iters).state
@@ -104,7 +104,7 @@ class Unroll(nn.Module):
         self, input: Any, *context: Any, state: State | None = None, num_iters: int | None = None
     ) -> list[Any]:
         """The readout after every iteration, differentiable by plain backpropagation: for losses on every layer."""
-        advance, state, num_iters = self._start(input, *context, state=state, num_iters=num_iters)
+        advance, state, num_iters = self.start(input, *context, state=state, num_iters=num_iters)
         if self.stop is not None:
             state = self.stop.begin(self._first, state)
         readouts = []
@@ -113,10 +113,18 @@ class Unroll(nn.Module):
             readouts.append(self._first.readout(state if self.stop is None else state.state))
         return readouts
 
-    def _start(
-        self, input: Any, *context: Any, state: State | None, num_iters: int | None
+    def start(
+        self, input: Any, *context: Any, state: State | None = None, num_iters: int | None = None
     ) -> tuple[Advance, State, int]:
-        """Check, prepare and start; returns the function that advances a state by some of the iterations."""
+        """Check, prepare and start, for loops of one's own over parts of the network.
+
+        Args:
+            input, context, state, num_iters: as in a call.
+
+        Returns:
+            What runs the iterations `start .. stop - 1`, called as `advance(state, start, stop)`; the first state; and
+            how many iterations there are. `net[0].readout(state)` is the answer of a state.
+        """
         steps = cast(list[Step], list(self.steps))
         num_iters = self.num_iters if num_iters is None else _check.integer("num_iters", num_iters)
         if self.tied is not True and num_iters > len(steps):

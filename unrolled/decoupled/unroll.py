@@ -133,7 +133,7 @@ class SyntheticGradients(nn.Module):
     ) -> Any:
         # The early windows see inputs without a past: their gradient ends there, and goes on from there only once.
         twins = [x.detach().requires_grad_() if any(x is y for y in given) else x for x in inputs]
-        advance, state, num_iters = self.net._start(*twins, state=None, num_iters=None)
+        advance, state, num_iters = self.net.start(*twins)
         kept = Ledger([x for x in twins if isinstance(x, Tensor) and x.requires_grad] + sources[len(given) :])
         learned = Ledger(trainable(self.synthesisers))
         begin, before = 0, None
@@ -154,10 +154,10 @@ class SyntheticGradients(nn.Module):
             return [*kept.sums, *total.sums]
 
         if given:
-            advance = self.net._start(*inputs, state=None, num_iters=None)[0]
+            advance = self.net.start(*inputs)[0]
         delivered = iter(Deliver.apply(answer, len(entry), *entry, *sources, *learned.tensors))
         start = map_state(lambda leaf: next(delivered) if _meets(leaf) else leaf, state)
-        return self.net._first.readout(advance(start, begin, num_iters))
+        return self.net[0].readout(advance(start, begin, num_iters))
 
     def _window(
         self,
@@ -195,7 +195,7 @@ class SyntheticGradients(nn.Module):
         return cast(list[Synthesiser], list(self.synthesisers))
 
     def _samples(self, h: Tensor) -> int:
-        return h.shape[: h.dim() - self.net._first.event_dim].numel()
+        return h.shape[: h.dim() - self.net[0].event_dim].numel()
 
     def _scale(self, h: Tensor) -> float:
         return self._samples(h) if self.scale is None else self.scale
@@ -204,7 +204,7 @@ class SyntheticGradients(nn.Module):
         """The tensors of a state as one, along the first dimension of an event."""
         if len(parts) == 1:
             return parts[0]
-        axis = -self.net._first.event_dim
+        axis = -self.net[0].event_dim
         try:
             return torch.cat(parts, axis)
         except RuntimeError as error:
@@ -217,7 +217,7 @@ class SyntheticGradients(nn.Module):
         """The inverse of `_joined`."""
         if len(like) == 1:
             return (h,)
-        axis = -self.net._first.event_dim
+        axis = -self.net[0].event_dim
         return h.split([part.shape[axis] for part in like], axis)
 
     def extra_repr(self) -> str:

@@ -22,7 +22,7 @@ from unrolled.cluster.annealing import AnnealTemperature
 from unrolled.cluster.deep import DeepKMeans
 from unrolled.training import processes
 from unrolled.training.data import Random
-from unrolled.training.run import ADVICE, _layout
+from unrolled.training.run import ADVICE, layout
 
 if TYPE_CHECKING:
     from unrolled.training.deep_kmeans import DeepHistory
@@ -363,7 +363,7 @@ class DeepRun:
         if not isinstance(saved, dict) or saved.keys() != own.keys():
             raise ValueError(f"checkpoint {path} exists but was not written by fit_deep_kmeans. Choose another file.")
         advice = "Give this run a file of its own, or delete that one."
-        there, here = _layout(saved["model"]), _layout(own["model"])
+        there, here = layout(saved["model"]), layout(own["model"])
         for what, then, now in (("model", there, here), ("plan", saved["plan"], own["plan"])):
             if then != now:
                 differing = [key for key in now | then if now.get(key) != then.get(key)]

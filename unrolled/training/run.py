@@ -158,7 +158,7 @@ def _check_fits(path: Path, saved: dict[str, Any], own: dict[str, Any], num_step
     """Before anything is changed: does the checkpoint belong to this run?"""
     advice = "Give this run a file of its own, or delete that one."
     for part in ("net", "loss"):
-        there, here = _layout(saved[part]), _layout(own[part])
+        there, here = layout(saved[part]), layout(own[part])
         if there != here:
             differing = [name for name in here | there if here.get(name) != there.get(name)]
             told = [f"{name} is {there.get(name)} there, {here.get(name)} here" for name in differing[:4]]
@@ -175,7 +175,7 @@ def _check_fits(path: Path, saved: dict[str, Any], own: dict[str, Any], num_step
         )
 
 
-def _layout(state: dict[str, Any]) -> dict[str, str]:
+def layout(state: dict[str, Any]) -> dict[str, str]:
     """Name -> dtype and shape."""
     return {
         name: f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

@@ -141,9 +141,9 @@ class _Windows(nn.Module):
             )
         self._called = True
         if self._advance is None:
-            self._advance, self._state, _ = self.net._start(*inputs, state=None, num_iters=None)
+            self._advance, self._state, _ = self.net.start(*inputs)
         self._state = self._advance(self._state, *self._span)
-        return self.net._first.readout(self._state)
+        return self.net[0].readout(self._state)
 
 
 class _HandOver(torch.autograd.Function):
