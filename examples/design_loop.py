@@ -192,7 +192,7 @@ def draw_log(log, goal):
     axes.set_xlabel("layers")
     axes.set_ylabel("relative gap to the optimum, dB")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="lower right")
+    figure.legend(frameon=False, loc="outside upper center", ncols=3, fontsize=9)
     return figure
 
 
