@@ -3,6 +3,9 @@
 from .annealing import AnnealTemperature as AnnealTemperature
 from .deep import DeepKMeans as DeepKMeans
 from .deep_augmentation import RandomAffine as RandomAffine
+from .deep_losses import Attraction as Attraction
+from .deep_losses import Contrast as Contrast
+from .deep_losses import LogLikelihood as LogLikelihood
 from .encoders import Coders as Coders
 from .encoders import convolutional_coders as convolutional_coders
 from .encoders import fully_connected_coders as fully_connected_coders

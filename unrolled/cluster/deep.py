@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from unrolled import _check
+from unrolled.cluster.deep_losses import Attraction, ClusteringLoss
 from unrolled.cluster.kmeans import Clusters, KMeansHead
 from unrolled.solvers.kmeans import kmeans_objective, kmeans_plus_plus, lloyd, unit
 
@@ -112,17 +113,20 @@ class DeepKMeans(nn.Module):
             )
         return (decoded - target).square().flatten(1).sum(1)
 
-    def clustering_error(self, codes: Tensor, assignments: Tensor | None = None) -> Tensor:
-        r"""$\sum_j P_{ij}\|h_i - c_j\|^2$ for every sample, (n,).
+    def clustering_error(
+        self, codes: Tensor, assignments: Tensor | None = None, loss: ClusteringLoss = Attraction()
+    ) -> Tensor:
+        r"""$\sum_j P_{ij}\|h_i - c_j\|^2$ for every sample, (n,), or another loss.
 
         Args:
             codes: $h$, (n, d), from `encode`.
             assignments: $P$, (n, k), from elsewhere, such as from the same images before they were augmented; where not
                 given, the head's own, as constants.
+            loss: `Attraction()`, `LogLikelihood()`, or a function of squared distances and assignments.
         """
         clusters = self.head(codes)
         parts = clusters.assignments.detach() if assignments is None else assignments
-        return (parts * clusters.distances).sum(1)
+        return loss(clusters.distances, parts)
 
     @torch.no_grad()
     def start_centres(

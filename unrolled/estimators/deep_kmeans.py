@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 from sklearn.base import ClusterMixin
+from sklearn.neighbors import NearestNeighbors
 from sklearn.utils import check_random_state, gen_batches
 from torch import Tensor, nn
 
 from unrolled.cluster.deep import DeepKMeans
+from unrolled.cluster.deep_losses import Contrast
 from unrolled.cluster.encoders import Coders, fully_connected_coders
 from unrolled.cluster.kmeans import KMeansHead
 from unrolled.estimators._base import Array, TorchTransformer, check_parameters
@@ -22,7 +24,7 @@ PASS = 4096  # rows at a time where all are looked at
 
 
 class DeepKMeansNet(ClusterMixin, TorchTransformer):
-    r"""$\min_{f,g,C} \frac{1}{\sigma^2}\|x - g(h)\|^2 + \lambda \min_j \|h - c_j\|^2$, $h = f(x) / \|f(x)\|$, averaged.
+    r"""$\min_{f,g,C} \frac{1}{\sigma^2}\|x - g(h)\|^2 + \lambda\,\ell(h, C)$, $h = f(x) / \|f(x)\|$, averaged.
 
     Clusters by an auto-encoder and k-means on its codes, which learn together, see
     `unrolled.training.fit_deep_kmeans`. For data whose clusters are no balls, such as images; it needs thousands of
@@ -40,6 +42,11 @@ class DeepKMeansNet(ClusterMixin, TorchTransformer):
         standardize: whether the features are centred, and all divided by one number, on their way into the network.
             `False` for a decoder that ends in a sigmoid, and pixels from 0 to 1.
         augment: as in `fit_deep_kmeans`, such as `RandomAffine(shape=(1, 28, 28))`; it gets rows of X.
+        n_neighbors: each sample is taken to be of one cluster with so many others, those with the nearest features
+            (fewer, where there are fewer). They are searched for by comparing all pairs, in a time that grows with the
+            square of the number of samples. 0 for none.
+        contrast: `unrolled.cluster.deep_losses.Contrast`, which draws the codes of neighbours and of augmented samples
+            together; `None` for none. It needs `n_neighbors`, `augment` or both.
         pretrain_epochs: passes through the data for the auto-encoder alone.
         max_iter: passes after that, for everything together, at most.
         n_init: runs, of which the one with the smallest mean squared distance to the centres is kept.
@@ -90,6 +97,8 @@ class DeepKMeansNet(ClusterMixin, TorchTransformer):
         coders: Callable[[int, int], tuple[nn.Module, nn.Module]] | None = None,
         standardize: bool = True,
         augment: Callable[[Tensor, torch.Generator], Tensor] | None = None,
+        n_neighbors: int = 5,
+        contrast: Contrast | None = Contrast(),
         pretrain_epochs: int = 100,
         max_iter: int = 50,
         n_init: int = 1,
@@ -108,6 +117,8 @@ class DeepKMeansNet(ClusterMixin, TorchTransformer):
         self.coders = coders
         self.standardize = standardize
         self.augment = augment
+        self.n_neighbors = n_neighbors
+        self.contrast = contrast
         self.pretrain_epochs = pretrain_epochs
         self.max_iter = max_iter
         self.n_init = n_init
@@ -130,7 +141,7 @@ class DeepKMeansNet(ClusterMixin, TorchTransformer):
             y: ignored.
         """
         integers = {"n_clusters": 1, "n_components": 1, "n_init": 1, "batch_size": 1, "pretrain_epochs": 0}
-        check_parameters(self, ("learning_rate",), integers | {"max_iter": 0})
+        check_parameters(self, ("learning_rate",), integers | {"max_iter": 0, "n_neighbors": 0})
         for name in ("weight", "tol"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)!r}.")
@@ -142,7 +153,8 @@ class DeepKMeansNet(ClusterMixin, TorchTransformer):
         self._mean, self._scale = self._standard(X)
         random = check_random_state(self.random_state)
         seeds = random.randint(np.iinfo(np.int32).max, size=self.n_init).tolist()
-        self.network_, histories = best_of_seeds(functools.partial(self._train, X, place), seeds)
+        train = functools.partial(self._train, X, place, self._neighbours(X))
+        self.network_, histories = best_of_seeds(train, seeds)
         self.losses_ = np.array([history.clustering[-1] for history in histories])
         self.history_ = histories[int(self.losses_.argmin())]
         self.n_iter_ = len(self.history_)
@@ -194,7 +206,16 @@ class DeepKMeansNet(ClusterMixin, TorchTransformer):
 
     # ---- Parts -------------------------------------------------------------------------------------------------------
 
-    def _train(self, X: Array, place: torch.device, seed: int) -> tuple[DeepKMeans, DeepHistory]:
+    def _neighbours(self, X: Array) -> Tensor | None:
+        """The numbers of the samples with the nearest features, (n_samples, n_neighbors)."""
+        count = min(self.n_neighbors, len(X) - 1)
+        if count == 0:
+            return None
+        return torch.from_numpy(NearestNeighbors(n_neighbors=count).fit(X).kneighbors(return_distance=False))
+
+    def _train(
+        self, X: Array, place: torch.device, neighbours: Tensor | None, seed: int
+    ) -> tuple[DeepKMeans, DeepHistory]:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             make = functools.partial(fully_connected_coders, hidden=self.hidden) if self.coders is None else self.coders
@@ -209,6 +230,8 @@ class DeepKMeansNet(ClusterMixin, TorchTransformer):
             batch_size=self.batch_size,
             weight=float(self.weight),
             augment=None if self.augment is None else self._augmented,
+            neighbours=neighbours,
+            contrast=None if len(X) == 1 else self.contrast,  # one sample has nothing to be told from
             optimizer=functools.partial(torch.optim.Adam, lr=self.learning_rate),
             tol=float(self.tol),
             progress=bool(self.verbose),

@@ -15,8 +15,10 @@ from torch.optim import Optimizer
 from unrolled import _check
 from unrolled.cluster.annealing import AnnealTemperature
 from unrolled.cluster.deep import DeepKMeans
+from unrolled.cluster.deep_losses import ClusteringLoss, Contrast, LogLikelihood
 from unrolled.training import processes
-from unrolled.training.deep_kmeans_run import DeepRun, Plan, Rows, Schedule
+from unrolled.training.deep_kmeans_run import DeepRun, Plan, Schedule
+from unrolled.training.deep_kmeans_samples import Augment, Rows, Samples
 from unrolled.training.loop import Callback, _is_true, _writable, modes_kept, progress_bar
 
 Fitted = TypeVar("Fitted")
@@ -56,7 +58,8 @@ class DeepHistory:
     """What `fit_deep_kmeans` returns.
 
     Attributes:
-        pretraining: the reconstruction error of every epoch of the auto-encoder alone, as a share of the variance.
+        pretraining: the reconstruction error of every epoch of the auto-encoder alone, as a share of the variance; 0
+            without a decoder.
         reconstruction: that of every epoch after; empty without a decoder.
         clustering: the mean squared distance of all codes to their nearest centres: at the start of the centres, then
             after every epoch.
@@ -96,7 +99,10 @@ def fit_deep_kmeans(
     schedule: Schedule = Alternating(),
     step_size: float = 0.1,
     annealing: AnnealTemperature | None = None,
-    augment: Callable[[Tensor, torch.Generator], Tensor] | None = None,
+    attraction: ClusteringLoss = LogLikelihood(),
+    augment: Augment | None = None,
+    neighbours: Tensor | None = None,
+    contrast: Contrast | None = None,
     optimizer: Callable[[list[nn.Parameter]], Optimizer] = _adam,
     restarts: int = 10,
     min_share: float = 0.001,
@@ -108,7 +114,7 @@ def fit_deep_kmeans(
     checkpoint_every: int = 10,
     seed: int = 0,
 ) -> DeepHistory:
-    r"""$\min_{f,g,C} \frac{1}{\sigma^2}\|x - g(h)\|^2 + \lambda \min_j \|h - c_j\|^2$, $h = f(x) / \|f(x)\|$, averaged.
+    r"""$\min_{f,g,C} \frac{1}{\sigma^2}\|x - g(h)\|^2 + \lambda\,\ell(h, C)$, $h = f(x) / \|f(x)\|$, averaged.
 
     1. Pretraining: encoder and decoder learn to reconstruct, `pretrain_epochs` long.
     2. Warm start: the centres become those of k-means on the codes, the best of `restarts` runs.
@@ -122,8 +128,8 @@ def fit_deep_kmeans(
     Everything random comes from `seed`: on the CPU, the same arguments and weights give the same result, bit for bit,
     interrupted or not. Under `torchrun`, once `torch.distributed` is initialised, the processes share every batch and
     end with the same model as one process would but for rounding: give all of them the same data. (Batch normalisation
-    sees each process's part of a batch, as always under `DistributedDataParallel`; dropout and augmentation draw other
-    numbers.) The first process alone shows progress and writes checkpoints.
+    and `contrast` see each process's part of a batch, as always under `DistributedDataParallel`; dropout, augmentation
+    and neighbours draw other numbers.) The first process alone shows progress and writes checkpoints.
 
     Args:
         model: encoder, decoder and head. The seed of its own weights is yours: `torch.manual_seed` before you build it.
@@ -138,8 +144,14 @@ def fit_deep_kmeans(
             and whether the encoder is drawn to them.
         step_size: of the centres at the beginning of 3, positive; it falls to 0 linearly.
         annealing: soft assignments at first, hard ones in the end; its steps are epochs. Hard where not given.
+        attraction: $\ell$, how codes are drawn to the centres: `LogLikelihood()`, or as published `Attraction()`, or a
+            function of squared distances and assignments.
         augment: `augment(x, generator)`, other samples of the same clusters, such as `RandomAffine()`. The encoder sees
             these, and learns to give them the cluster of `x` and enough to reconstruct `x` itself.
+        neighbours: (n, m), int64: for each sample the numbers of m others that are probably of its cluster, such as the
+            nearest ones. The encoder sees one of them in its place, drawn anew in every epoch, and then augmented.
+        contrast: `Contrast()` asks the code of what the encoder sees to tell the sample that it stands for, in both
+            phases. It needs `augment`, `neighbours` or both.
         optimizer: called once with the parameters of encoder and decoder that require a gradient; Adam at a rate of
             1e-3 where not given.
         restarts: runs of k-means in 2; with 0 the centres are left as they are.
@@ -192,14 +204,17 @@ def fit_deep_kmeans(
     )
     tol = _check.real("tol", tol, minimum=0.0)
     _check.integer("checkpoint_every", checkpoint_every)
-    for name, function in (("schedule", schedule), ("optimizer", optimizer), *(("callbacks", c) for c in callbacks)):
-        if not callable(function):
+    functions = [("schedule", schedule), ("optimizer", optimizer), ("attraction", attraction)]
+    functions += [("callbacks", callback) for callback in callbacks]
+    for name, function in functions:
+        if isinstance(function, type) or not callable(function):
             raise TypeError(f"{name} must be callable, got {function!r}.")
     path = None if checkpoint is None else _writable(checkpoint)
 
     history = DeepHistory()
     with modes_kept(model), _centres_frozen(model), progress_bar(plan.pretrain_epochs + plan.epochs, progress) as bar:
-        run = DeepRun(model, data, plan, history, schedule, annealing, augment, optimizer, autocast)
+        samples = Samples(data, neighbours, augment, like=model.head.centres, at_once=4 * plan.batch_size)
+        run = DeepRun(model, plan, history, samples, schedule, annealing, attraction, contrast, optimizer, autocast)
         if path is not None and path.exists():
             run.resume(path)
             bar.update(len(history))

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,25 +17,18 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from unrolled import _check
 from unrolled.cluster.annealing import AnnealTemperature
 from unrolled.cluster.deep import DeepKMeans
+from unrolled.cluster.deep_losses import ClusteringLoss, Contrast
 from unrolled.training import processes
 from unrolled.training.data import Random
+from unrolled.training.deep_kmeans_samples import Samples, sum_over_processes
 from unrolled.training.run import ADVICE, layout
 
 if TYPE_CHECKING:
     from unrolled.training.deep_kmeans import DeepHistory
 
 Schedule = Callable[[int], tuple[bool, bool]]
-
-
-class Rows(Protocol):
-    """Samples by their numbers."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: Tensor, /) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -53,11 +46,11 @@ class Plan:
 
 
 class Objective(nn.Module):
-    """Both errors of a batch as one module, which DistributedDataParallel can wrap."""
+    """All the errors of a batch as one module, which DistributedDataParallel can wrap."""
 
-    def __init__(self, model: DeepKMeans) -> None:
+    def __init__(self, model: DeepKMeans, attraction: ClusteringLoss, contrast: Contrast | None) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.attraction, self.contrast = model, attraction, contrast
 
     def forward(self, x: Tensor, seen: Tensor, variance: float, weight: float) -> tuple[Tensor, Tensor, Tensor]:
         """The summed loss, the summed reconstruction error in it, and the codes of what the encoder has `seen` of x."""
@@ -67,12 +60,15 @@ class Objective(nn.Module):
         if model.decoder is not None:
             reconstruction = model.reconstruction_error(codes, x).sum() / variance
         loss = reconstruction
+        own = codes  # those of the samples themselves
+        if self.contrast is not None:
+            own = model.encode(x)
+            loss = loss + self.contrast(codes, own).sum()
         if weight > 0:
-            parts = None
-            if seen is not x:  # an augmented sample belongs where the sample itself does
-                with torch.no_grad():
-                    parts = model(x).assignments
-            loss = loss + weight * model.clustering_error(codes, parts).sum()
+            with torch.no_grad():  # what is seen belongs where the sample itself does
+                own = model.encode(x) if seen is not x and self.contrast is None else own.detach()
+                parts = model.head(own).assignments
+            loss = loss + weight * model.clustering_error(codes, parts, self.attraction).sum()
         return loss, reconstruction.detach(), codes.detach()
 
 
@@ -82,28 +78,30 @@ class DeepRun:
     def __init__(
         self,
         model: DeepKMeans,
-        data: Tensor | Rows,
         plan: Plan,
         history: DeepHistory,
+        samples: Samples,
         schedule: Schedule,
         annealing: AnnealTemperature | None,
-        augment: Callable[[Tensor, torch.Generator], Tensor] | None,
+        attraction: ClusteringLoss,
+        contrast: Contrast | None,
         optimizer: Callable[[list[nn.Parameter]], Optimizer],
         autocast: torch.dtype | None,
     ) -> None:
-        self.model, self.data, self.plan, self.history = model, data, plan, history
-        self.schedule, self.annealing, self.augment, self.autocast = schedule, annealing, augment, autocast
-        self.device, self.dtype = model.head.centres.device, model.head.centres.dtype
+        self.model, self.samples, self.plan, self.history = model, samples, plan, history
+        self.schedule, self.annealing, self.autocast = schedule, annealing, autocast
+        self.device = model.head.centres.device
         self.clock = time.process_time()
         self.labels = torch.zeros(0, dtype=torch.long)
+        self.contrasted = contrast is not None
         self._check_sizes()
-        self.variance = self._variance()
+        self.variance = samples.variance()
         trainable = [p for p in model.parameters() if p.requires_grad]
         if not trainable and plan.pretrain_epochs > 0:
             raise ValueError("model has nothing to pretrain: no parameter requires a gradient. Take pretrain_epochs=0.")
         self.optimizer = optimizer(trainable) if trainable else None
         self.rates = [] if self.optimizer is None else [group["lr"] for group in self.optimizer.param_groups]
-        self.objective: nn.Module = Objective(model)
+        self.objective: nn.Module = Objective(model, attraction, contrast)
         if trainable:
             self.objective = processes.share(self.objective)
 
@@ -143,16 +141,17 @@ class DeepRun:
     def _epoch(self, progress: float, *, centres: bool, weight: float) -> tuple[float, float]:
         """Through all the batches; the mean loss, and the mean reconstruction error in it."""
         self.model.train()
-        n = len(self.data)
+        n = len(self.samples)
         generator = self._generator(0)
         batches = torch.randperm(n, generator=generator).tensor_split(self._num_batches())
         noise = self._generator(1 + processes.rank())
-        learns = self.optimizer is not None and (self.model.decoder is not None or weight > 0)
+        learns = self.optimizer is not None and (self.model.decoder is not None or self.contrasted or weight > 0)
         total = torch.zeros(2, dtype=torch.float64)
         for i, batch in enumerate(batches):
             done = progress + i / len(batches) / max(self._length(), 1)
-            x = self._rows(batch.tensor_split(processes.num_processes())[processes.rank()])
-            seen = x if self.augment is None else self._augmented(x, noise)
+            index = batch.tensor_split(processes.num_processes())[processes.rank()]
+            x = self.samples[index]
+            seen = self.samples.seen(index, x, noise)
             if learns:
                 loss, reconstruction, codes = self._update(x, seen, weight, len(batch), done)
                 total += torch.tensor([loss, reconstruction], dtype=torch.float64)
@@ -160,7 +159,7 @@ class DeepRun:
                 codes = self._encoded(seen)
             if centres:
                 self._move(self._gathered(codes, len(batch)), self.plan.step_size * (1 - done))
-        loss, reconstruction = (self._sum(total) / n).tolist()
+        loss, reconstruction = (sum_over_processes(total, self.device) / n).tolist()
         return loss, reconstruction
 
     def _update(self, x: Tensor, seen: Tensor, weight: float, count: int, done: float) -> tuple[float, float, Tensor]:
@@ -220,21 +219,7 @@ class DeepRun:
         self.labels = nearest.indices
         self.history.clustering.append(float((-nearest.values).relu().double().mean()))
 
-    # ---- Samples and codes -------------------------------------------------------------------------------------------
-
-    def _rows(self, index: Tensor) -> Tensor:
-        x = _check.tensor("data", self.data[index]).to(self.device)
-        if x.dtype != self.dtype:
-            raise TypeError(f"data is {x.dtype} but the model is {self.dtype}. Convert it: data.to({self.dtype}).")
-        return x
-
-    def _augmented(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        assert self.augment is not None
-        seen = self.augment(x, generator)
-        if not isinstance(seen, Tensor) or seen.shape != x.shape:
-            came = f"shape {tuple(seen.shape)}" if isinstance(seen, Tensor) else type(seen).__name__
-            raise ValueError(f"augment must return samples of shape {tuple(x.shape)}, as it got them; it gave {came}.")
-        return seen
+    # ---- Codes -------------------------------------------------------------------------------------------
 
     def _encoded(self, x: Tensor) -> Tensor:
         with torch.no_grad(), self._casting():
@@ -243,12 +228,10 @@ class DeepRun:
     def _codes(self) -> Tensor:
         """Of all samples, in eval mode; each process computes its part."""
         self.model.eval()
-        n = len(self.data)
-        part = torch.arange(n).tensor_split(processes.num_processes())[processes.rank()]
-        codes = torch.cat([self._encoded(self._rows(index)) for index in part.split(4 * self.plan.batch_size)])
+        codes = torch.cat([self._encoded(self.samples[index]) for index in self.samples.share()])
         if not bool(codes.isfinite().all()):
             raise FloatingPointError("encoder gave codes that are NaN or infinite. Lower the learning rate.")
-        return self._gathered(codes, n)
+        return self._gathered(codes, len(self.samples))
 
     def _gathered(self, part: Tensor, count: int) -> Tensor:
         """The parts of all processes, (count, d), as `tensor_split` dealt them out."""
@@ -266,40 +249,16 @@ class DeepRun:
         if processes.num_processes() > 1:
             dist.broadcast(self.model.head.centres.data, 0)
 
-    def _sum(self, value: Tensor) -> Tensor:
-        if processes.num_processes() == 1:
-            return value
-        value = value.to(self.device)
-        dist.all_reduce(value)
-        return value.cpu()
-
-    def _variance(self) -> float:
-        """The mean squared distance of the samples to their mean; every sample is looked at for NaN on the way."""
-        n = len(self.data)
-        part = torch.arange(n).tensor_split(processes.num_processes())[processes.rank()]
-        shift = self._rows(torch.zeros(1, dtype=torch.long)).double().cpu().flatten()  # against cancellation
-        total, squares = torch.zeros_like(shift), torch.zeros(1, dtype=torch.float64)
-        for index in part.split(4 * self.plan.batch_size):
-            x = self._rows(index)
-            if not bool(x.isfinite().all()):
-                _check.finite("data", x.cpu())
-            x = x.double().cpu().flatten(1) - shift
-            total += x.sum(0)
-            squares += x.square().sum()
-        variance = float(self._sum(squares) / n - (self._sum(total) / n).square().sum())
-        return variance if variance > 0 else 1.0
-
     def _check_sizes(self) -> None:
-        for name in ("__len__", "__getitem__"):
-            if not hasattr(self.data, name):
-                raise TypeError(f"data must be a Tensor or have len() and data[index], got {type(self.data).__name__}.")
-        n, k = len(self.data), self.model.head.num_clusters
-        if n == 0:
-            raise ValueError("data is empty: there is no sample to cluster.")
+        n, k = len(self.samples), self.model.head.num_clusters
         if k > n:
             raise ValueError(f"data has {n} samples for {k} clusters. Pass at least as many samples as clusters.")
-        if self.model.decoder is None and self.plan.pretrain_epochs > 0:
-            raise ValueError("pretraining needs a decoder. Without one take pretrain_epochs=0.")
+        if self.model.decoder is None and not self.contrasted and self.plan.pretrain_epochs > 0:
+            raise ValueError("pretraining needs a decoder or a contrast. Without them take pretrain_epochs=0.")
+        if self.contrasted and self.samples.neighbours is None and self.samples.augment is None:
+            raise ValueError(
+                "contrast needs samples that differ from those that they belong to. Pass augment, neighbours or both."
+            )
         smallest = n // self._num_batches()
         if smallest < processes.num_processes():
             raise ValueError(
@@ -308,7 +267,7 @@ class DeepRun:
             )
 
     def _num_batches(self) -> int:
-        return -(-len(self.data) // self.plan.batch_size)
+        return -(-len(self.samples) // self.plan.batch_size)
 
     def _length(self) -> int:
         """Epochs of the present phase."""
@@ -348,7 +307,7 @@ class DeepRun:
             "temperature": self.model.head.temperature,
             "optimizer": {} if self.optimizer is None else self.optimizer.state_dict(),
             "kind": type(self.optimizer).__name__,
-            "plan": asdict(self.plan) | {"samples": len(self.data)},
+            "plan": asdict(self.plan) | {"samples": len(self.samples)},
             "labels": self.labels,
             "history": self.history.to_dict(),
         }
