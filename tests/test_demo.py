@@ -22,6 +22,8 @@ FILES = {
     "index.html",
     "results.json",
     "network.pt",
+    "layers.html",
+    "report.png",
     "gap.png",
     "dictionary.png",
     "layers.png",
@@ -87,6 +89,17 @@ class TestRun:
         assert noisy == pytest.approx(20 * np.log10(255 / 25), abs=0.2)
         assert all(psnr > noisy for psnr in others)
 
+    def test_report_is_of_the_network(self, smoke):
+        """Against the report that anybody would make of it, but for the patches, which are others here."""
+        found = results(smoke[0])["report"]
+        assert found["unit"] == "dB" and len(found["verdicts"]) == 4
+        assert found["columns"]["removal"][0] > 0 and min(found["columns"]["drift"]) > 0
+        trained = results(smoke[0])["layers"]["LISTA, trained"]["step size"]
+        for layer, step in enumerate(found["columns"]["step"]):  # atoms weighted in another way
+            assert 0.9 * trained["10%"][layer] < step < 1.1 * trained["90%"][layer]
+        page = (smoke[0] / "layers.html").read_text(encoding="utf-8")
+        assert "ISTA" in page and page.count("<tr>") > 4
+
     def test_prints_the_table(self, smoke):
         out, done = smoke
         lines = [line.split() for line in done.stdout.splitlines()]
@@ -97,8 +110,9 @@ class TestRun:
 
     def test_page_shows_every_picture_and_needs_no_network(self, smoke):
         page = (smoke[0] / "index.html").read_text(encoding="utf-8")
-        for name in FILES - {"index.html", "results.json", "network.pt"}:
+        for name in FILES - {"index.html", "results.json", "network.pt", "layers.html"}:
             assert f'src="{name}"' in page
+        assert 'href="layers.html"' in page
         assert "http" not in page
         assert "{" not in page.split("</style>")[1]  # no placeholder is left
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -18,6 +19,7 @@ from unrolled.demo.coding import Comparison
 from unrolled.demo.denoising import Denoising
 from unrolled.demo.networks import ALPHA, SMOKE, Size
 from unrolled.losses import Lasso
+from unrolled.report import ISTATheory, LayerReport
 from unrolled.sparse import LISTA
 
 
@@ -65,16 +67,20 @@ def run(picture: Tensor | None, out: Path, *, seed: int, device: torch.device, s
     y = data.choose(data.unit_patches(held_out), size.test_patches, generator).to(device)
     compared = coding.compare(D, y, trained, size)
 
+    watch.begin("report", "Asking each layer of the first network what it does, and theory what it should do")
+    report = LayerReport(trained["LISTA, trained"], y[: size.report_patches], ISTATheory(D, ALPHA))
+
     watch.begin("denoising", "Training two networks for noisy patches, and denoising the other photograph")
     denoised = denoising.compare(D, training, held_out, size, seed)
 
     watch.begin("page", "Writing the page")
     layers = {name: networks.layer_values(net, D, ALPHA) for name, net in trained.items()}
     networks.save_network(out / "network.pt", net, D, networks.config(size, ALPHA, momentum=True))
-    pictures = figures.draw(D, compared, layers, denoised, out)
+    pictures = figures.draw(D, compared, layers, report, denoised, out)
+    report.save_html(out / "layers.html")
     results = {
         "settings": {"seed": seed, "device": device.type, "alpha": ALPHA, **vars(size)},
-        **_findings(compared, denoised, layers),
+        **_findings(compared, denoised, layers, report),
         "timings": {"microseconds_a_patch": [m.microseconds for m in compared.methods], **watch.finish()},
     }
     (out / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
@@ -83,7 +89,9 @@ def run(picture: Tensor | None, out: Path, *, seed: int, device: torch.device, s
     print(f"\nThe page is {out / 'index.html'}, the network {out / 'network.pt'}.")
 
 
-def _findings(compared: Comparison, denoised: Denoising, layers: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def _findings(
+    compared: Comparison, denoised: Denoising, layers: dict[str, dict[str, Any]], report: LayerReport
+) -> dict[str, Any]:
     """What was found, as plain values: the same on every run with the same seed, so without any time."""
     coding_rows = [
         {"name": m.name, "iterations": m.iterations, "gap": m.gap, "nonzeros": m.nonzeros} for m in compared.methods
@@ -100,7 +108,16 @@ def _findings(compared: Comparison, denoised: Denoising, layers: dict[str, dict[
             name: {title: networks.percentiles(values) for title, values in found.items()}
             for name, found in layers.items()
         },
+        "report": {
+            "columns": {name: [_plain(value) for value in report.value(name)] for name in report.columns},
+            "verdicts": [report.names(layer) for layer in range(len(report))],
+            "unit": report.unit,
+        },
     }
+
+
+def _plain(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None  # JSON has no NaN
 
 
 class Stopwatch:

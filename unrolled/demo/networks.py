@@ -30,6 +30,7 @@ class Size:
     steps: int = 300  # of training, a network
     batch: int = 128
     test_patches: int = 2048
+    report_patches: int = 256
     curve: int = 100  # iterations in which FISTA may draw level
     stride: int = 2  # between the patches of denoising
     side: int = 640  # of the part of a photograph that is denoised, pixels
