@@ -1,11 +1,15 @@
 """The gradient strategies: against numeric derivatives, against each other, and what they keep in memory."""
 
 import dataclasses
+import itertools
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from unrolled import LISTA, Backprop, Checkpointed, Step, Tolerance, Truncated, Unroll
@@ -56,14 +60,28 @@ class Descent(Step):
 # ---- Exact and biased ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("every", [1, 2, 3, 7, 99])
+@pytest.mark.parametrize("every", [None, 1, 2, 3, 7, 99])
 def test_checkpointed_against_the_numeric_derivative(every):
     net = Unroll(Descent(), 7, gradient=Checkpointed(every))
     inputs = randn(2, 4), randn(4, 3, seed=1), torch.tensor(0.1, dtype=F64), randn(2, 3, seed=2)
     assert torch.autograd.gradcheck(net, [x.requires_grad_() for x in inputs])
 
 
-@pytest.mark.parametrize("strategy", [Backprop(), Checkpointed(3), Truncated(8)], ids=str)
+@given(st.integers(1, 600))
+def test_windows_become_longer_towards_the_start(num_iters):
+    starts = Checkpointed().starts(num_iters)
+    lengths = [b - a for a, b in itertools.pairwise([*starts, num_iters])]
+    assert sum(lengths) == num_iters and min(lengths) >= 1
+    counted = [2 + i // 2 for i in range(len(lengths))]  # from the end; what is left over goes first
+    assert lengths[:0:-1] == counted[:-1] and lengths[0] <= counted[-1]
+    # States kept and iterations run once more, an iteration taken to hold two states: near 2 sqrt(K), which is the
+    # least that windows can do, and below what windows of equal length need, 2 sqrt(2 K).
+    peak = max(kept + 2 * length for kept, length in enumerate(lengths, 1))
+    if num_iters >= 64:
+        assert peak <= 2 * math.sqrt(num_iters) + 3 < 2 * math.sqrt(2 * num_iters)
+
+
+@pytest.mark.parametrize("strategy", [Backprop(), Checkpointed(), Checkpointed(3), Truncated(8)], ids=str)
 @pytest.mark.parametrize("options", [{"tied": True}, {"factored": True, "momentum": True}], ids=str)
 def test_a_directional_derivative_by_the_parameters(strategy, options):
     net = lista(8, gradient=strategy, **options)
@@ -165,7 +183,7 @@ def test_a_stopped_network_has_the_same_exact_gradient(strategy):
     assert any(g is not None and not g.any() for g in gradients(exact)), "a layer must have been stopped before"
 
 
-@pytest.mark.parametrize("strategy", [Checkpointed(2), Checkpointed(5)], ids=str)
+@pytest.mark.parametrize("strategy", [Checkpointed(), Checkpointed(2), Checkpointed(5)], ids=str)
 def test_dropout_is_the_same_when_computed_again(strategy):
     class Dropping(Step):
         def __init__(self):
@@ -276,7 +294,7 @@ def counted(gradient: Callable) -> tuple[Unroll, list[int]]:
 
 @pytest.mark.parametrize(
     ("strategy", "forward", "backward"),
-    [(Backprop(), 8, 0), (Checkpointed(3), 8, 8), (Truncated(3), 8, 0), (Truncated(99), 8, 0)],
+    [(Backprop(), 8, 0), (Checkpointed(3), 8, 8), (Checkpointed(), 8, 6), (Truncated(3), 8, 0), (Truncated(99), 8, 0)],
     ids=str,
 )
 def test_the_requested_rule_runs(strategy, forward, backward):

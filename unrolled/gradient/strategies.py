@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import operator
 from dataclasses import dataclass, field
 
 from torch.utils.checkpoint import checkpoint
@@ -23,31 +25,48 @@ class Backprop:
 
 @dataclass(frozen=True)
 class Checkpointed:
-    """Exact gradients at memory O(K / every + every), for one more forward pass.
+    r"""Exact gradients at memory $O(\sqrt K)$, for one more forward pass.
 
-    Only the state at every `every`-th iteration is kept; the backward pass runs the iterations in between once more.
-    `every` near the square root of K keeps least. It does not run under the gradients of `torch.func`.
+    Only the states between windows of iterations are kept; the backward pass runs window after window once more, from
+    the last to the first, and lets go of the state before it. So the earlier the window, the longer it may be: without
+    `every` the windows have 2, 2, 3, 3, 4, 4, ... iterations, counted from the end, and what is kept and what is run
+    once more are together about as little as they can be. It does not run under the gradients of `torch.func`.
 
     Args:
-        every: iterations between two kept states, at least 1.
+        every: iterations of all windows, at least 1: memory O(K / every + every). Not given, windows become longer
+            towards the start.
 
     Example:
         >>> Checkpointed(every=8)
         Checkpointed(every=8)
     """
 
-    every: int
+    every: int | None = None
 
     def __post_init__(self) -> None:
-        _check.integer("every", self.every)
+        if self.every is not None:
+            _check.integer("every", self.every)
 
     def __call__(self, advance: Advance, state: State, num_iters: int) -> State:
         refuse_transforms(self, only_gradients=True)
-        for start in range(0, num_iters, self.every):
-            stop = min(start + self.every, num_iters)
+        for start, stop in itertools.pairwise([*self.starts(num_iters), num_iters]):
+            if self.every is None and stop == num_iters:
+                return advance(state, start, stop)  # short, and the first to go back through: not worth a second run
             # `advance` checks the shapes and dtypes of states; those of every saved tensor would cost 3 % of a step.
             state = checkpoint(advance, state, start, stop, use_reentrant=False, determinism_check="none")
         return state
+
+    def starts(self, num_iters: int) -> list[int]:
+        """The first iterations of all windows, in order.
+
+        Args:
+            num_iters: K.
+        """
+        if self.every is not None:
+            return list(range(0, num_iters, self.every))
+        lengths = (2 + i // 2 for i in itertools.count())
+        ends = itertools.takewhile(lambda end: end > 0, itertools.accumulate(lengths, operator.sub, initial=num_iters))
+        return [0, *sorted(ends)[:-1]]
 
 
 @dataclass(frozen=True)
