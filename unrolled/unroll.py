@@ -10,16 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from unrolled import _check
+from unrolled._config import Recorded
 from unrolled._tree import State, describe, same_structure
 from unrolled.gradient import Advance, Backprop, Gradient, Loop
 from unrolled.gradient.protocol import needs_tied
 from unrolled.step import Step
-from unrolled.stopping import Tolerance, all_settled
+from unrolled.stopping import Stopping, all_settled
 
 Self = TypeVar("Self", bound="Unroll")
 
 
-class Unroll(nn.Module):
+class Unroll(Recorded, nn.Module):
     r"""$x_{k+1} = T_{\theta_k}(x_k; c),\ k = 0 \dots K-1$: a step unrolled into a network of `num_iters` layers.
 
     Calling the network prepares the step, starts it, runs the iterations and returns the readout of the last state.
@@ -33,7 +34,8 @@ class Unroll(nn.Module):
         tied: `True`, one step for all iterations (a recurrent network); `False`, a copy with parameters of its own for
             every iteration; a sequence of names, copies that share just these parameters, buffers or submodules.
         gradient: how gradients flow through the iterations, see `unrolled.gradient`.
-        stop: when a sample stops before K iterations, such as `Tolerance(rtol=1e-4)`; `None` runs all.
+        stop: when a sample stops before K iterations: a rule such as `Tolerance(rtol=1e-4)`, or `Halting()`, which
+            learns when; `None` runs all.
 
     Raises:
         TypeError: `step` is no Step, `gradient` no strategy object, `stop` no stopping rule, `tied` a single string.
@@ -54,7 +56,7 @@ class Unroll(nn.Module):
         *,
         tied: bool | Sequence[str] = True,
         gradient: Gradient = Backprop(),
-        stop: Tolerance | None = None,
+        stop: Stopping | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(step, Step):
@@ -63,7 +65,7 @@ class Unroll(nn.Module):
             )
         if isinstance(gradient, type) or not callable(gradient):
             raise TypeError(f"gradient must be a strategy object such as Checkpointed(every=4), got {_kind(gradient)}.")
-        if stop is not None and not isinstance(stop, Tolerance):
+        if stop is not None and not isinstance(stop, Stopping):
             raise TypeError(f"stop must be None or a rule such as Tolerance(rtol=1e-4), got {_kind(stop)}.")
         self.num_iters = _check.integer("num_iters", num_iters)
         self.tied = _tied(tied, step)
@@ -256,8 +258,9 @@ def _same_parameters(steps: list[Step], watched: list[list[int]], begin: int, en
 
 
 def _equal(value: Tensor, other: Tensor) -> bool:
-    """Whether two tensors have the same values, NaN among them."""
-    return value.shape == other.shape and torch.allclose(value, other.to(value), rtol=0, atol=0, equal_nan=True)
+    """Whether two tensors have the same values, NaN among them; in shards, too, which have no allclose."""
+    other = other.to(value)
+    return value.shape == other.shape and bool(((value == other) | (value.isnan() & other.isnan())).all())
 
 
 def _tied(tied: bool | Sequence[str], step: Step) -> bool | tuple[str, ...]:
