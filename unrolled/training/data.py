@@ -22,6 +22,7 @@ class Random:
         self.devices = sorted({p.device.index for p in net.parameters() if p.device.type == "cuda"})
         generator = getattr(batches, "generator", None)
         self.generator = generator if isinstance(generator, torch.Generator) else None
+        self.seed: int | None = None
 
     def state(self) -> RandomState:
         return {
@@ -43,8 +44,9 @@ class Random:
         if seed is None:
             yield
             return
+        self.seed = _check.integer("seed", seed, minimum=0)
         before = self.state()
-        torch.manual_seed(_check.integer("seed", seed, minimum=0) + rank())
+        torch.manual_seed(self.seed + rank())
         try:
             yield
         finally:

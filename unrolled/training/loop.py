@@ -93,7 +93,9 @@ def fit(
             interrupted. Call `fit` with the same arguments, and with `batches` as they were at the very start: those
             used up are drawn once more. State of network, loss, optimizer and scheduler and torch's random numbers come
             from the file; random numbers of NumPy and `random` do not. Under `torchrun` all processes must see it.
-            `torch.load(checkpoint)["net"]` is the network's `state_dict`.
+            Another number of processes may go on from it: deal out the same batches, in other shares. Random numbers
+            drawn inside the network, as by dropout, then differ. `torch.load(checkpoint)["net"]` is the network's
+            `state_dict`.
         checkpoint_every: updates between two checkpoints, at least 1.
         seed: call `torch.manual_seed` for this run (plus the process's rank under `torchrun`), and put the generators
             back as they were afterwards; `None` draws from them as they are.

@@ -62,6 +62,13 @@ def share(objective: nn.Module) -> nn.Module:
     """`objective`, such that a backward pass averages the gradients over the processes."""
     if not distributed() or any(isinstance(module, DistributedDataParallel) for module in objective.modules()):
         return objective
+    from torch.distributed.tensor import DTensor  # takes half a second
+
+    if any(isinstance(parameter, DTensor) for parameter in objective.parameters()):
+        raise TypeError(
+            "net has parameters in shards (DTensor), as fully_shard leaves them. This loop averages whole gradients; "
+            "write one of your own, such as train_sharded in examples/train_distributed.py."
+        )
     # DistributedDataParallel waits for the gradient of every parameter unless it is told that some may not come.
     unused = any(
         isinstance(module, Unroll)

@@ -137,11 +137,14 @@ class Run:
         if self.scheduler is not None:
             self.scheduler.load_state_dict(saved["scheduler"])
         self.history.loss, self.history.seconds = saved["history"], saved["seconds"]
-        place = saved["places"][processes.rank()]
+        places, rank = saved["places"], processes.rank()
+        place = places[rank % len(places)]
         self.data.replay_from = (place["epoch_start"], place["epoch_random"])
         while self.data.taken < len(self.history):
             next(self.batches)
         self.random.restore(place["random"])
+        if rank >= len(places) and self.random.seed is not None:
+            torch.manual_seed(self.random.seed + rank)  # two processes shall not draw the same numbers
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -168,11 +171,6 @@ def _check_fits(path: Path, saved: dict[str, Any], own: dict[str, Any], num_step
             raise ValueError(f"checkpoint {path} was written with {kind} {saved['kinds'][kind]}, not {name}. {advice}")
     if len(saved["history"]) > num_steps:
         raise ValueError(f"checkpoint {path} is {len(saved['history'])} steps on, num_steps is {num_steps}. {advice}")
-    if len(saved["places"]) != processes.num_processes():
-        raise ValueError(
-            f"checkpoint {path} was written by {len(saved['places'])} processes, this run has "
-            f"{processes.num_processes()}. {advice}"
-        )
 
 
 def layout(state: dict[str, Any]) -> dict[str, str]:
