@@ -64,6 +64,7 @@ def test_every_guide_has_blocks():
         "segmentation",
         "shrinkage",
         "tnrd",
+        "scaling-out",
         "training",
         "which-lista",
     }

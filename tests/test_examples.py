@@ -236,3 +236,12 @@ def test_deblur(tmp_path):
     assert rows["true kernel"]["psnr"] > rows["blurred"]["psnr"] + 2
     assert rows["true kernel"]["kernel_error"] < 1e-4 < rows["schedule by hand"]["kernel_error"] < 1
     assert is_png(tmp_path / "deblur.png")
+
+
+def test_train_distributed(tmp_path):
+    run("train_distributed.py", "--smoke", "--out", tmp_path)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert max(results["differences"].values()) < 1e-10 and results["moved"] > 1e-2
+    one, half = results["bytes"].values()
+    assert half["all"] < 0.52 * one["all"]
+    assert is_png(tmp_path / "train_distributed.png")
