@@ -7,10 +7,11 @@ from typing import Any
 
 from torch import nn
 
+from unrolled._config import Recorded
 from unrolled._tree import State
 
 
-class Step(nn.Module, abc.ABC):
+class Step(Recorded, nn.Module, abc.ABC):
     r"""One iteration $x_{k+1} = T_\theta(x_k; c)$ of an algorithm, with what surrounds the loop.
 
     An iterative algorithm prepares what does not change, starts somewhere, applies one update again and again, and

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from unrolled import _check
+from unrolled._config import Recorded
 
 
-class Shrinkage(nn.Module, abc.ABC):
+class Shrinkage(Recorded, nn.Module, abc.ABC):
     r"""$s = \mathrm{shrink}(x, t)$: entry by entry, a learnable function of one number in units set by a threshold.
 
     Every iterative algorithm for sparse codes or images has a place where small entries are made smaller. A step that
