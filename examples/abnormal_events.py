@@ -349,7 +349,10 @@ def plot(video, every, results, curves, frames, maps, out):
 
     # Of evenly spaced clips the frame that scores highest: chosen by score, not by label.
     chosen = np.unique(np.linspace(0, len(maps) - 1, 6).round().astype(int))
-    figure, axes = plt.subplots(2, -(-len(chosen) // 2), figsize=(12, 5.6), layout="constrained", squeeze=False)
+    rows = 1 + (len(chosen) > 3)
+    figure, axes = plt.subplots(
+        rows, -(-len(chosen) // rows), figsize=(12, 2.8 * rows + 0.6), layout="constrained", squeeze=False
+    )
     for panel in axes.flat:
         panel.set_axis_off()
     for panel, clip in zip(axes.flat, chosen, strict=False):
