@@ -65,6 +65,7 @@ def test_every_guide_has_blocks():
         "shrinkage",
         "tnrd",
         "scaling-out",
+        "sketches",
         "training",
         "which-lista",
     }

@@ -245,3 +245,13 @@ def test_train_distributed(tmp_path):
     one, half = results["bytes"].values()
     assert half["all"] < 0.52 * one["all"]
     assert is_png(tmp_path / "train_distributed.png")
+
+
+def test_sketch(tmp_path):
+    printed = run("sketch.py", "--smoke", "--out", tmp_path)
+    assert "layers counted: 16.000000" in printed
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["objective"]["all 256 numbers"] < 1e-6 < results["objective"]["a quarter, 64"]
+    assert results["recovered"] < 1e-4
+    assert results["nearest"]["2048"] > 0.8 > results["nearest"]["2"]
+    assert is_png(tmp_path / "sketch.png")

@@ -32,7 +32,7 @@ RANKS = [
     {"unroll"},
     {"momentum", "shrinkage", "autoencoder"},
     {"sparse", "lowrank", "crf", "cluster", "image"},
-    {"problems", "losses", "trace", "report", "training", "decoupled"},
+    {"problems", "losses", "trace", "report", "training", "decoupled", "sketch"},
     {"recipes"},
     {"__init__"},
     {"estimators", "plot"},
@@ -41,7 +41,7 @@ RANKS = [
 RANK = {room: rank for rank, rooms in enumerate(RANKS) for room in rooms}
 # What may be imported within a row: in both directions, and in one.
 TOGETHER = [{"step", "gradient", "stopping"}, {"problems", "losses", "training"}]
-ONE_WAY = {("operators", "functional"), ("__main__", "demo")}
+ONE_WAY = {("operators", "functional"), ("sketch", "trace"), ("__main__", "demo")}
 # What may be imported from a higher row, inside of the function that needs it.
 ON_DEMAND = {("report", "plot")}
 # Rooms that are held to less than their row allows.
@@ -203,6 +203,7 @@ MODULES = [
     "decoupled",
     "losses",
     "report",
+    "sketch",
     "training",
     "recipes",
 ]

@@ -14,6 +14,7 @@ from . import problems as problems
 from . import recipes as recipes
 from . import report as report
 from . import shrinkage as shrinkage
+from . import sketch as sketch
 from . import solvers as solvers
 from . import sparse as sparse
 from . import training as training
@@ -38,6 +39,8 @@ from .lowrank import RobustNMFEncoder as RobustNMFEncoder
 from .lowrank import RPCAEncoder as RPCAEncoder
 from .momentum import Momentum as Momentum
 from .report import LayerReport as LayerReport
+from .sketch import NetworkSketch as NetworkSketch
+from .sketch import TraceSketch as TraceSketch
 from .sparse import ALISTA as ALISTA
 from .sparse import GLISTA as GLISTA
 from .sparse import LAMP as LAMP
