@@ -7,7 +7,8 @@ train   32 untied layers, windows of 8. Each strategy at its own best rate of 1e
         codes of seed 0; and all at 1e-3. Rates are those of matrices and synthesisers, thresholds learn at ten times
         that; with `--equal-rates` at the same, and synthesisers at 1e-3. Wanted: conditioned synthetic gradients at
         least 3 dB better than Truncated at 1e-3, within 0.5 dB of Backprop at best rates; unconditioned ones within
-        1 dB of Truncated.
+        1 dB of Truncated. "Slow" are those whose layers before the last window, which learn from nothing but
+        estimates, learn at a hundredth of the rate. `--only` runs some strategies and takes the others from the file.
 memory  Peak bytes that autograd holds for backward (parameters left out, each storage counted once) and CPU time of
         forward + backward, for 32 untied and 96 tied layers. Wanted: synthetic / Backprop at most 1/8 at 96. The sums
         of gradients that windows keep until `loss.backward()` are counted apart: one copy of the parameters.
@@ -22,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import json
 import statistics
 import time
 from collections.abc import Callable
@@ -76,8 +78,11 @@ STRATEGIES: dict[str, Callable[[Unroll], tuple[Callable[..., Tensor], nn.Module]
     "synthetic, conditioned": lambda net: synthetic(net, LinearSynthesiser(N, N, difference=True)),
     "synthetic, unconditioned": lambda net: synthetic(net, MLPSynthesiser(N, hidden=(256,))),
     "synthetic, from x and y": from_signals,
+    "synthetic, unconditioned, slow": lambda net: synthetic(net, MLPSynthesiser(N, hidden=(256,))),
+    "synthetic, from x and y, slow": from_signals,
     "local loss": local,
 }
+SLOW = 0.01
 
 
 # ---- Training --------------------------------------------------------------------------------------------------------
@@ -89,11 +94,12 @@ def train(name: str, rate: float, seed: int, num_steps: int, equal_rates: bool =
     net = LISTACP(problem.dictionary, LAYERS, alpha=0.1)
     loss, synthesisers = STRATEGIES[name](net)
     learning = list(net.parameters())
-    groups = [
-        {"params": [p for p in learning if p.dim() >= 2], "lr": rate},
-        {"params": [p for p in learning if p.dim() < 2], "lr": rate if equal_rates else 10 * rate},
-        {"params": list(synthesisers.parameters()), "lr": RATES[0] if equal_rates else rate},
-    ]
+    slow = name.endswith("slow")
+    groups = [{"params": list(synthesisers.parameters()), "lr": RATES[0] if equal_rates or slow else rate}]
+    for layers, own in ((net[:-WINDOW], SLOW * rate if slow else rate), (net[-WINDOW:], rate)):
+        parameters = list(layers.parameters())
+        groups.append({"params": [p for p in parameters if p.dim() >= 2], "lr": own})
+        groups.append({"params": [p for p in parameters if p.dim() < 2], "lr": own if equal_rates else 10 * own})
     optimizer = torch.optim.Adam([group for group in groups if group["params"]])
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)
     begin = time.process_time()
@@ -139,16 +145,28 @@ def best_rate(runs: list[dict[str, Any]]) -> float:
     return min((run for run in runs if run["seed"] == 0), key=lambda run: run["validation"])["rate"]
 
 
-def compare(num_steps: int, seeds: int, equal_rates: bool) -> dict[str, Any]:
-    with tqdm(total=len(STRATEGIES) * (len(RATES) + 2 * (seeds - 1))) as progress:
-        runs = [run for name in STRATEGIES for run in runs_of(name, num_steps, seeds, equal_rates, progress.update)]
+def compare(num_steps: int, seeds: int, equal_rates: bool, only: list[str]) -> dict[str, Any]:
+    names = only or list(STRATEGIES)
+    with tqdm(total=len(names) * (len(RATES) + 2 * (seeds - 1))) as progress:
+        runs = [run for name in names for run in runs_of(name, num_steps, seeds, equal_rates, progress.update)]
+    if only:
+        before = json.loads((RESULTS / f"{file_of(equal_rates)}.json").read_text())
+        if (before["steps"], before["seeds"]) != (num_steps, seeds):
+            raise SystemExit("--only needs a file of as many steps and seeds")
+        runs += [run for run in before["runs"] if run["strategy"] not in only]
     return judge(runs, num_steps, seeds)
+
+
+def file_of(equal_rates: bool) -> str:
+    return "synthetic_equal_rates" if equal_rates else "synthetic"
 
 
 def judge(runs: list[dict[str, Any]], num_steps: int, seeds: int) -> dict[str, Any]:
     rows = []
     for name in STRATEGIES:
         own = [run for run in runs if run["strategy"] == name]
+        if not own:
+            continue
         best = best_rate(own)
         rows.append(
             {
@@ -173,7 +191,7 @@ def plot(result: dict[str, Any]) -> None:
     from matplotlib.figure import Figure
 
     colours = dict(
-        zip(STRATEGIES, ("#000000", "#D55E00", "#0072B2", "#56B4E9", "#E69F00", "#009E73"))
+        zip(STRATEGIES, ("#000000", "#D55E00", "#0072B2", "#56B4E9", "#E69F00", "#999999", "#CC79A7", "#009E73"))
     )  # of Okabe and Ito
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
@@ -253,13 +271,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--equal-rates", action="store_true", help="thresholds learn no faster than matrices")
+    parser.add_argument("--only", nargs="+", choices=STRATEGIES, default=[], help="strategies to train")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     RESULTS.mkdir(exist_ok=True)
     parts = arguments.parts or ["train", "memory"]
     if "train" in parts:
-        result = compare(arguments.steps, arguments.seeds, arguments.equal_rates)
-        save("synthetic_equal_rates" if arguments.equal_rates else "synthetic", result)
+        result = compare(arguments.steps, arguments.seeds, arguments.equal_rates, arguments.only)
+        save(file_of(arguments.equal_rates), result)
         if not arguments.equal_rates:
             plot(result)
     if "memory" in parts:
