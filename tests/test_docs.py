@@ -48,6 +48,7 @@ def test_every_guide_has_blocks():
         "deconvolution",
         "decoupled",
         "deep-clustering",
+        "deploying",
         "estimators",
         "getting-started",
         "gradients",

@@ -25,7 +25,7 @@ ROOMS = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in FILE
 
 # A room is a file or a subpackage; it imports from the rows above its own. A new room needs a place here.
 RANKS = [
-    {"_check"},
+    {"_check", "_config"},
     {"_tree"},
     {"functional", "operators", "metrics"},
     {"solvers", "step", "gradient", "stopping"},
@@ -34,6 +34,7 @@ RANKS = [
     {"sparse", "lowrank", "crf", "cluster", "image"},
     {"problems", "losses", "trace", "report", "training", "decoupled", "sketch"},
     {"recipes"},
+    {"io"},
     {"__init__"},
     {"estimators", "plot"},
     {"demo", "__main__"},
@@ -200,6 +201,7 @@ MODULES = [
     "cluster",
     "shrinkage",
     "image",
+    "io",
     "decoupled",
     "losses",
     "report",

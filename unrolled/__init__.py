@@ -6,6 +6,7 @@ from . import decoupled as decoupled
 from . import functional as functional
 from . import gradient as gradient
 from . import image as image
+from . import io as io
 from . import losses as losses
 from . import lowrank as lowrank
 from . import metrics as metrics

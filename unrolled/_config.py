@@ -126,9 +126,6 @@ def _by_attributes(module: nn.Module) -> Call | Opaque:
     arguments = {}
     for name, parameter in parameters(kind).items():
         value: Any = getattr(module, name, inspect.Parameter.empty)
-        # What was a number and is a tensor by now is learned: any number will do to begin with.
-        if isinstance(value, Tensor) and isinstance(parameter.default, (int, float)):
-            value = parameter.default
         if value is not inspect.Parameter.empty:
             several = parameter.kind is inspect.Parameter.VAR_POSITIONAL
             arguments[name] = freeze(tuple(value) if several else value)

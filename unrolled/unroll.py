@@ -6,7 +6,6 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar, cast, overload
 
-import torch
 from torch import Tensor, nn
 
 from unrolled import _check
