@@ -41,7 +41,7 @@ docs: $(VENV)/.docs  ## build the documentation into site/, warnings are errors
 
 # The others need a folder of data, `make bench DATA=...`, or an environment with the peer: deepinv_overhead, crf.
 BENCH := overhead memory gradients synthetic copy_task lasso_gap sparse_recovery scaling deep_l0 features sketches
-BENCH_DATA := sc2net reconstruction background abnormal_events segmentation clustering deep_clustering dni_mnist denoising deconvolution learned_pde
+BENCH_DATA := sc2net reconstruction background abnormal_events segmentation clustering deep_clustering boundary_trees tnrd_tasks dni_mnist denoising deconvolution learned_pde
 
 bench: $(STAMP)  ## run the benchmarks; tables on screen, JSON in benchmarks/results/
 	@for one in $(BENCH); do echo "== $$one"; $(BIN)/python benchmarks/$$one.py || exit 1; done

@@ -255,3 +255,13 @@ def test_sketch(tmp_path):
     assert results["recovered"] < 1e-4
     assert results["nearest"]["2048"] > 0.8 > results["nearest"]["2"]
     assert is_png(tmp_path / "sketch.png")
+
+
+def test_boundary_tree(tmp_path):
+    printed = run("boundary_tree.py", "--smoke", "--out", tmp_path)
+    assert "tree on learned features" in printed
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["tree on learned features"]["examples"] < results["tree on pixels"]["examples"] / 2
+    assert results["moons"]["error"] < 2
+    for name in ("boundary_tree", "boundary_tree_walks", "boundary_tree_moons"):
+        assert is_png(tmp_path / f"{name}.png")

@@ -10,6 +10,7 @@ from . import io as io
 from . import losses as losses
 from . import lowrank as lowrank
 from . import metrics as metrics
+from . import neighbours as neighbours
 from . import operators as operators
 from . import problems as problems
 from . import recipes as recipes
@@ -39,6 +40,8 @@ from .lowrank import NMFEncoder as NMFEncoder
 from .lowrank import RobustNMFEncoder as RobustNMFEncoder
 from .lowrank import RPCAEncoder as RPCAEncoder
 from .momentum import Momentum as Momentum
+from .neighbours import BoundaryTree as BoundaryTree
+from .neighbours import DifferentiableBoundaryTree as DifferentiableBoundaryTree
 from .report import LayerReport as LayerReport
 from .sketch import NetworkSketch as NetworkSketch
 from .sketch import TraceSketch as TraceSketch

@@ -20,3 +20,6 @@ from .pictures import kernel_mosaic as kernel_mosaic
 from .pictures import support_evolution as support_evolution
 from .reports import layer_quantity as layer_quantity
 from .reports import layer_report as layer_report
+from .trees import decision_boundary as decision_boundary
+from .trees import tree_of_examples as tree_of_examples
+from .trees import walk_over_examples as walk_over_examples
