@@ -13,7 +13,7 @@ from unrolled._tree import State
 from unrolled.cluster._geometry import assignments, unit
 from unrolled.gradient import Backprop, Gradient
 from unrolled.step import Step
-from unrolled.stopping import Tolerance
+from unrolled.stopping import Stopping
 from unrolled.unroll import Unroll
 
 
@@ -178,7 +178,7 @@ class KMeans(Unroll):
         spherical: bool = False,
         tied: bool | Sequence[str] = True,
         gradient: Gradient = Backprop(),
-        stop: Tolerance | None = None,
+        stop: Stopping | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:

@@ -15,7 +15,7 @@ from unrolled.crf.filters import Plan
 from unrolled.crf.kernels import Bilateral, Compatibility, Kernel, Spatial, Weights
 from unrolled.gradient import Backprop, Gradient
 from unrolled.step import Step
-from unrolled.stopping import Tolerance
+from unrolled.stopping import Stopping
 from unrolled.unroll import Unroll
 
 
@@ -225,7 +225,7 @@ class CRFasRNN(Unroll):
         spatial_dims: int = 2,
         tied: bool | Sequence[str] = True,
         gradient: Gradient = Backprop(),
-        stop: Tolerance | None = None,
+        stop: Stopping | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:

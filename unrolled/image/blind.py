@@ -33,7 +33,7 @@ from unrolled.solvers.deconvolution import (
     transfer,
 )
 from unrolled.step import Step
-from unrolled.stopping import Tolerance
+from unrolled.stopping import Stopping
 from unrolled.unroll import Unroll
 
 ETA = (0.002, 0.008, 0.032)
@@ -196,7 +196,7 @@ class KernelEstimation(Unroll):
         *,
         tied: bool | Sequence[str] = False,
         gradient: Gradient = Backprop(),
-        stop: Tolerance | None = None,
+        stop: Stopping | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:

@@ -15,7 +15,7 @@ from unrolled.gradient import Backprop, Gradient
 from unrolled.shrinkage import GeneralizedShrinkage, Shrinkage
 from unrolled.solvers.deconvolution import Frame, check_blur, differences, frame, noise_variance, transfer
 from unrolled.step import Step
-from unrolled.stopping import Tolerance
+from unrolled.stopping import Stopping
 from unrolled.unroll import Unroll
 
 
@@ -202,7 +202,7 @@ class NonBlindDeconvolution(Unroll):
         data_range: float = 1.0,
         tied: bool | Sequence[str] = False,
         gradient: Gradient = Backprop(),
-        stop: Tolerance | None = None,
+        stop: Stopping | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:

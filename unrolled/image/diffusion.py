@@ -15,7 +15,7 @@ from unrolled.gradient import Backprop, Gradient
 from unrolled.image.invariants import OWN_LAPLACIAN, SWAPPED, differential_invariants
 from unrolled.solvers.diffusion import MOST_DIFFUSIVITY, diffusivity_in_bounds
 from unrolled.step import Step
-from unrolled.stopping import Tolerance
+from unrolled.stopping import Stopping
 from unrolled.unroll import Unroll
 
 OWN = (OWN_LAPLACIAN, SWAPPED[OWN_LAPLACIAN])  # which invariants of (u, v) are the Laplacians of u and of v
@@ -198,7 +198,7 @@ class LearnedPDE(Unroll):
         data_range: float = 1.0,
         tied: bool | Sequence[str] = False,
         gradient: Gradient = Backprop(),
-        stop: Tolerance | None = None,
+        stop: Stopping | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:

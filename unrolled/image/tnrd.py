@@ -18,7 +18,7 @@ from unrolled.operators import LinearOperator
 from unrolled.shrinkage.radial_basis import RadialBasis
 from unrolled.solvers.denoising import dct_atoms, noise_part, odd, symmetric_pad
 from unrolled.step import Step
-from unrolled.stopping import Tolerance
+from unrolled.stopping import Stopping
 from unrolled.unroll import Unroll
 
 Projection = Callable[[Tensor, Tensor], Tensor]
@@ -229,7 +229,7 @@ class TNRD(Unroll):
         data_range: float = 1.0,
         tied: bool | Sequence[str] = False,
         gradient: Gradient = Backprop(),
-        stop: Tolerance | None = None,
+        stop: Stopping | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:

@@ -11,7 +11,7 @@ from unrolled.functional import positive_soft_threshold
 from unrolled.gradient import Backprop, Gradient
 from unrolled.lowrank._steps import SeparationStep
 from unrolled.solvers import Decomposition
-from unrolled.stopping import Tolerance
+from unrolled.stopping import Stopping
 from unrolled.unroll import Unroll
 
 
@@ -77,7 +77,7 @@ class RobustNMFEncoder(Unroll):
         alpha: float,
         tied: bool | Sequence[str] = False,
         gradient: Gradient = Backprop(),
-        stop: Tolerance | None = None,
+        stop: Stopping | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:

@@ -12,7 +12,7 @@ from unrolled._tree import State
 from unrolled.functional import soft_threshold
 from unrolled.gradient import Backprop, Gradient
 from unrolled.sparse.ista import _affine, _complement, _ISTAStep
-from unrolled.stopping import Tolerance
+from unrolled.stopping import Stopping
 from unrolled.unroll import Unroll
 
 
@@ -137,7 +137,7 @@ class AdaptiveISTA(Unroll):
         scalar_gates: bool = False,
         tied: bool | Sequence[str] = ("weight", "inhibition", "log_theta"),
         gradient: Gradient = Backprop(),
-        stop: Tolerance | None = None,
+        stop: Stopping | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:

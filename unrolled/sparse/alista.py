@@ -12,7 +12,7 @@ from unrolled.gradient import Backprop, Gradient
 from unrolled.operators import LinearOperator
 from unrolled.sparse._steps import ResidualStep, analytic_operator, fixed_operator, learned_operator, share
 from unrolled.sparse.selection import SupportSelection
-from unrolled.stopping import Tolerance
+from unrolled.stopping import Stopping
 from unrolled.unroll import Unroll
 
 
@@ -95,7 +95,7 @@ class TiLISTA(Unroll):
         support_selection: SupportSelection | None = SupportSelection(),
         weight: Tensor | LinearOperator | None = None,
         gradient: Gradient = Backprop(),
-        stop: Tolerance | None = None,
+        stop: Stopping | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -158,7 +158,7 @@ class ALISTA(Unroll):
         support_selection: SupportSelection | None = SupportSelection(),
         weight: Tensor | LinearOperator | None = None,
         gradient: Gradient = Backprop(),
-        stop: Tolerance | None = None,
+        stop: Stopping | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:

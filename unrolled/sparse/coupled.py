@@ -14,7 +14,7 @@ from unrolled.operators import LinearOperator
 from unrolled.sparse._steps import ResidualStep, fixed_operator, learned_operator, share
 from unrolled.sparse.selection import SupportSelection
 from unrolled.step import Step
-from unrolled.stopping import Tolerance
+from unrolled.stopping import Stopping
 from unrolled.unroll import Unroll
 
 
@@ -87,7 +87,7 @@ class LISTACP(Unroll):
         momentum: bool = False,
         weight: Tensor | LinearOperator | None = None,
         gradient: Gradient = Backprop(),
-        stop: Tolerance | None = None,
+        stop: Stopping | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:

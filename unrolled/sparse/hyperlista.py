@@ -15,7 +15,7 @@ from unrolled.operators import Dense
 from unrolled.sparse._steps import DictionaryStep, fixed_matrix, share
 from unrolled.sparse.selection import select_support
 from unrolled.sparse.weights import analytic_weight, symmetric_preconditioner
-from unrolled.stopping import Tolerance
+from unrolled.stopping import Stopping
 from unrolled.unroll import Unroll
 
 
@@ -147,7 +147,7 @@ class HyperLISTA(Unroll):
         symmetric: bool = True,
         tied: bool | Sequence[str] = True,
         gradient: Gradient = Backprop(),
-        stop: Tolerance | None = None,
+        stop: Stopping | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:

@@ -16,7 +16,7 @@ from unrolled.momentum import Momentum
 from unrolled.shrinkage import Shrinkage
 from unrolled.solvers import lipschitz
 from unrolled.step import Step
-from unrolled.stopping import Tolerance
+from unrolled.stopping import Stopping
 from unrolled.unroll import Unroll
 
 
@@ -255,7 +255,7 @@ class LISTA(Unroll):
         factored: bool = False,
         shrinkage: Shrinkage | None = None,
         gradient: Gradient = Backprop(),
-        stop: Tolerance | None = None,
+        stop: Stopping | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:

@@ -16,7 +16,7 @@ from unrolled.gradient import Backprop, Gradient
 from unrolled.solvers import lipschitz
 from unrolled.sparse.ista import _affine, _complement, _still
 from unrolled.step import Step
-from unrolled.stopping import Tolerance
+from unrolled.stopping import Stopping
 from unrolled.unroll import Unroll
 
 
@@ -240,7 +240,7 @@ class L0Encoder(Unroll):
         step_size: float | None = None,
         tied: bool | Sequence[str] = False,
         gradient: Gradient = Backprop(),
-        stop: Tolerance | None = None,
+        stop: Stopping | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -311,7 +311,7 @@ class MSparseEncoder(Unroll):
         step_size: float | None = None,
         tied: bool | Sequence[str] = False,
         gradient: Gradient = Backprop(),
-        stop: Tolerance | None = None,
+        stop: Stopping | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:

@@ -14,7 +14,7 @@ from unrolled.functional import soft_threshold
 from unrolled.gradient import Backprop, Gradient
 from unrolled.sparse._steps import fixed_matrix, share
 from unrolled.step import Step
-from unrolled.stopping import Tolerance
+from unrolled.stopping import Stopping
 from unrolled.unroll import Unroll
 
 
@@ -128,7 +128,7 @@ class LAMP(Unroll):
         threshold: float = 1.1402,
         tied: bool | Sequence[str] = False,
         gradient: Gradient = Backprop(),
-        stop: Tolerance | None = None,
+        stop: Stopping | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:

@@ -13,7 +13,7 @@ from unrolled.functional import soft_threshold
 from unrolled.gradient import Backprop, Gradient
 from unrolled.momentum import MomentumState
 from unrolled.sparse.ista import _complement, _ISTAStep
-from unrolled.stopping import Tolerance
+from unrolled.stopping import Stopping
 from unrolled.unroll import Unroll
 
 
@@ -114,7 +114,7 @@ class LFISTA(Unroll):
         alpha: float,
         tied: bool | Sequence[str] = False,
         gradient: Gradient = Backprop(),
-        stop: Tolerance | None = None,
+        stop: Stopping | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:

@@ -22,7 +22,7 @@ from unrolled.sparse._steps import (
     share,
 )
 from unrolled.sparse.selection import SupportSelection
-from unrolled.stopping import Tolerance
+from unrolled.stopping import Stopping
 from unrolled.unroll import Unroll
 
 
@@ -149,7 +149,7 @@ class NAALISTA(Unroll):
         support_selection: SupportSelection | None = SupportSelection(),
         weight: Tensor | LinearOperator | None = None,
         gradient: Gradient = Backprop(),
-        stop: Tolerance | None = None,
+        stop: Stopping | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:

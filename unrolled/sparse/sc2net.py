@@ -16,7 +16,7 @@ from unrolled.functional import soft_threshold
 from unrolled.gradient import Backprop, Gradient
 from unrolled.sparse.adaptive import CellState
 from unrolled.sparse.ista import _affine, _complement, _ISTAStep
-from unrolled.stopping import Tolerance
+from unrolled.stopping import Stopping
 from unrolled.unroll import Unroll
 
 Shrinkage = Callable[[Tensor, Tensor], Tensor]
@@ -248,7 +248,7 @@ class SC2Net(Unroll):
         threshold: float | None = None,
         tied: bool | Sequence[str] = True,
         gradient: Gradient = Backprop(),
-        stop: Tolerance | None = None,
+        stop: Stopping | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:

@@ -16,7 +16,7 @@ from unrolled.operators import LinearOperator
 from unrolled.solvers import lipschitz
 from unrolled.sparse._steps import DictionaryStep, fixed_operator, share
 from unrolled.step import Step
-from unrolled.stopping import Tolerance
+from unrolled.stopping import Stopping
 from unrolled.unroll import Unroll
 
 
@@ -93,7 +93,7 @@ class StepLISTA(Unroll):
         tied: bool | Sequence[str] = False,
         momentum: bool = False,
         gradient: Gradient = Backprop(),
-        stop: Tolerance | None = None,
+        stop: Stopping | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
