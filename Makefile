@@ -40,7 +40,7 @@ docs: $(VENV)/.docs  ## build the documentation into site/, warnings are errors
 	$(BIN)/python -m mkdocs build --strict
 
 # The others need a folder of data, `make bench DATA=...`, or an environment with the peer: deepinv_overhead, crf.
-BENCH := overhead memory gradients synthetic copy_task lasso_gap sparse_recovery scaling deep_l0 features sketches
+BENCH := overhead memory gradients synthetic copy_task lasso_gap sparse_recovery scaling deep_l0 features sketches halting air
 BENCH_DATA := sc2net reconstruction background abnormal_events segmentation clustering deep_clustering boundary_trees tnrd_tasks dni_mnist denoising deconvolution learned_pde
 
 bench: $(STAMP)  ## run the benchmarks; tables on screen, JSON in benchmarks/results/

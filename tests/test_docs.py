@@ -43,6 +43,7 @@ def test_blocks_run(page):
 def test_every_guide_has_blocks():
     assert {page.stem for page in PAGES if blocks(page.read_text())} >= {
         "abnormal-events",
+        "attend-infer-repeat",
         "boundary-trees",
         "core",
         "crf",
@@ -53,6 +54,7 @@ def test_every_guide_has_blocks():
         "estimators",
         "getting-started",
         "gradients",
+        "halting",
         "index",
         "kmeans",
         "l0",

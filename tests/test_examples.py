@@ -265,3 +265,17 @@ def test_boundary_tree(tmp_path):
     assert results["moons"]["error"] < 2
     for name in ("boundary_tree", "boundary_tree_walks", "boundary_tree_moons"):
         assert is_png(tmp_path / f"{name}.png")
+
+
+def test_halting(tmp_path):
+    run("halting.py", "--smoke", "--out", tmp_path)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["easy"] < results["hard"]
+    assert is_png(tmp_path / "halting.png")
+
+
+def test_attend_infer_repeat(tmp_path):
+    run("attend_infer_repeat.py", "--smoke", "--out", tmp_path)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["after"]["reconstruction MSE"] < results["before"]["reconstruction MSE"]
+    assert is_png(tmp_path / "air.png")

@@ -31,7 +31,7 @@ RANKS = [
     {"solvers", "step", "gradient", "stopping"},
     {"unroll"},
     {"momentum", "shrinkage", "autoencoder"},
-    {"sparse", "lowrank", "crf", "cluster", "image", "neighbours"},
+    {"sparse", "lowrank", "crf", "cluster", "image", "neighbours", "scene"},
     {"problems", "losses", "trace", "report", "training", "decoupled", "sketch"},
     {"recipes"},
     {"io"},
@@ -206,7 +206,9 @@ MODULES = [
     "decoupled",
     "losses",
     "report",
+    "scene",
     "sketch",
+    "stopping",
     "training",
     "recipes",
 ]

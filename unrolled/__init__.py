@@ -15,10 +15,12 @@ from . import operators as operators
 from . import problems as problems
 from . import recipes as recipes
 from . import report as report
+from . import scene as scene
 from . import shrinkage as shrinkage
 from . import sketch as sketch
 from . import solvers as solvers
 from . import sparse as sparse
+from . import stopping as stopping
 from . import training as training
 from .autoencoder import Autoencoder as Autoencoder
 from .cluster import DeepKMeans as DeepKMeans
@@ -43,6 +45,7 @@ from .momentum import Momentum as Momentum
 from .neighbours import BoundaryTree as BoundaryTree
 from .neighbours import DifferentiableBoundaryTree as DifferentiableBoundaryTree
 from .report import LayerReport as LayerReport
+from .scene import AIR as AIR
 from .sketch import NetworkSketch as NetworkSketch
 from .sketch import TraceSketch as TraceSketch
 from .sparse import ALISTA as ALISTA
@@ -60,6 +63,8 @@ from .sparse import SC2Net as SC2Net
 from .sparse import StepLISTA as StepLISTA
 from .sparse import TiLISTA as TiLISTA
 from .step import Step as Step
+from .stopping import ExpectedLoss as ExpectedLoss
+from .stopping import Halting as Halting
 from .stopping import Tolerance as Tolerance
 from .trace import Trace as Trace
 from .training import fit as fit
