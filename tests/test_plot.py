@@ -118,6 +118,11 @@ SINGLE = {
     "centre_mosaic": lambda ax=None: plot.centre_mosaic(np.eye(4), ax=ax),
     "filmstrip": lambda ax=None: plot.filmstrip(np.zeros((2, 3, 3)), ax=ax),
     "support_evolution": lambda ax=None: plot.support_evolution(np.eye(3), ax=ax),
+    "tree_of_examples": lambda ax=None: plot.tree_of_examples([-1, 0, 0], ax=ax),
+    "walk_over_examples": lambda ax=None: plot.walk_over_examples(np.eye(3), np.ones((2, 3, 3)), ax=ax),
+    "decision_boundary": lambda ax=None: plot.decision_boundary(
+        lambda x: (x[:, 0] > 0).astype(int), np.eye(2) - 0.5, [0, 1], resolution=5, ax=ax
+    ),
 }
 
 
