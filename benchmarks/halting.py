@@ -1,9 +1,10 @@
 """Claim: a LISTA that learns when to stop needs fewer iterations on average for the same error.
 
-Codes of 100 atoms, 50 measurements, 40 dB. What makes a signal hard is how many nonzeros its code has. Two problems:
+Codes of 100 atoms, 50 measurements, 40 dB. What makes a signal hard is how many nonzeros its code has. Three problems:
 
-even        each code's share of nonzeros is drawn evenly from 1 to 15 per cent
-two kinds   half of the codes have 2 per cent of nonzeros, half 12 per cent, in expectation
+even              each code's share of nonzeros is drawn evenly from 1 to 15 per cent
+two kinds         half of the codes have 2 per cent of nonzeros, half 12 per cent, in expectation
+two kinds, tied   the same codes, for a recurrent network: 24 iterations with one set of parameters, 400 updates at once
 
 Everything is measured on 4,000 fresh signals, by NMSE (sum of squared errors over sum of squared codes, in dB) against
 the mean number of iterations used:
@@ -17,6 +18,9 @@ best possible  the network of `cut short`, stopped where it would be best if the
 The first phase trains a LISTA of 12 untied layers on the mean error of all of them, so that each layer is an answer.
 The second trains it again for as long: with `ExpectedLoss` for `halting`, and as before for what is cut short, stopped
 by a tolerance or stopped where it is best. `fixed` has the updates of both phases. Three seeds, one thread.
+
+The tied network halts from its first update on; what is cut short or stopped by a tolerance is another one, trained on
+the errors of all its layers. All have the same number of updates.
 
     python benchmarks/halting.py [--steps 600] [--seeds 3] [--jobs 1] [--only "two kinds"]
 """
@@ -44,7 +48,9 @@ from unrolled.stopping import ExpectedLoss, Halting, Settling
 M, N, LAYERS, ALPHA, BATCH = 50, 100, 12, 0.1, 128
 SNR = 40.0
 # Borders between groups of signals by the share of their nonzeros, to tell who uses how many iterations.
-GROUPS = {"even": [0.01 + 0.02 * k for k in range(8)], "two kinds": [0.01, 0.07, 0.15]}
+TWO = [0.01, 0.07, 0.15]
+GROUPS = {"even": [0.01 + 0.02 * k for k in range(8)], "two kinds": TWO, "two kinds, tied": TWO}
+TIED, TIED_STEPS, TIED_DEPTHS, TIED_WEIGHTS = 24, 400, (6, 9, 12, 18, 24), (0.2, 0.1, 0.05)
 DEPTHS = (3, 6, 9, 12)
 WEIGHTS = (2.0, 0.6, 0.2)
 RTOLS = (0.5, 0.3, 0.2, 0.1, 0.05, 0.02)
@@ -113,13 +119,15 @@ def best_possible(net: LISTA, y: Tensor, x: Tensor) -> list[dict[str, float]]:
     errors = torch.stack([(found - x).square().sum(-1) for found in net.iterates(y)], -1)
     points = []
     for price in torch.logspace(-4, 0.5, 24):
-        best = (errors + price * torch.arange(1, LAYERS + 1)).argmin(-1)
+        best = (errors + price * torch.arange(1, len(net) + 1)).argmin(-1)
         error = errors.gather(-1, best[:, None])
         points.append({"iterations": float(best.double().mean()) + 1, "nmse": decibels(error, x)})
     return points
 
 
 def run(name: str, seed: int, num_steps: int) -> dict[str, Any]:
+    if name.endswith("tied"):
+        return run_tied(name, seed)
     begin = time.process_time()
     problem = Signals(name, seed)
     y, x, density = problem.draw(4000, torch.Generator().manual_seed(777 + seed))
@@ -164,6 +172,45 @@ def run(name: str, seed: int, num_steps: int) -> dict[str, Any]:
         "rows": rows,
         "used by density": by_density,
         "cpu_seconds": seconds,
+    }
+
+
+def run_tied(name: str, seed: int) -> dict[str, Any]:
+    begin = time.process_time()
+    problem = Signals(name, seed)
+    y, x, density = problem.draw(4000, torch.Generator().manual_seed(777 + seed))
+
+    def network(layers: int, **options: Any) -> LISTA:
+        return LISTA(problem.dictionary, layers, alpha=ALPHA, tied=True, **options)
+
+    def point(net: LISTA, **known: Any) -> dict[str, Any]:
+        return known | measured(net, y, x)
+
+    fixed = [
+        point(trained(network(depth), problem, CodeError(), TIED_STEPS, seed), depth=depth) for depth in TIED_DEPTHS
+    ]
+    halting = []
+    for weight in TIED_WEIGHTS:
+        net = network(TIED, stop=Halting(Settling(0.05)))
+        halting.append(point(trained(net, problem, ExpectedLoss(each, weight=weight), TIED_STEPS, seed), weight=weight))
+    hard = density.flatten() > TWO[1]
+    by_density = [[float(p["used"][hard == kind].double().mean()) for kind in (False, True)] for p in halting]
+    every = trained(network(TIED), problem, EveryLayer(), TIED_STEPS, seed)
+    cut = [point(every[:depth], depth=depth) for depth in range(1, TIED + 1)]
+    tolerance = []
+    for rtol in RTOLS:
+        every.stop = Tolerance(rtol)
+        tolerance.append(point(every, rtol=rtol))
+    every.stop = None
+    rows = {"fixed": fixed, "halting": halting, "cut short": cut, "tolerance": tolerance}
+    plain = {name: [{k: v for k, v in p.items() if k != "used"} for p in points] for name, points in rows.items()}
+    return {
+        "problem": name,
+        "seed": seed,
+        "steps": TIED_STEPS,
+        "rows": plain | {"best possible": best_possible(every, y, x)},
+        "used by density": by_density,
+        "cpu_seconds": time.process_time() - begin,
     }
 
 
@@ -212,8 +259,8 @@ def plot(runs: list[dict[str, Any]]) -> None:
 
     colours = {"fixed": "#000000", "cut short": "#56B4E9", "tolerance": "#E69F00"}
     colours |= {"halting": "#D55E00", "best possible": "#999999"}  # of Okabe and Ito
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    for axes, problem in zip(figure.subplots(1, 2), GROUPS):
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    for axes, problem in zip(figure.subplots(1, len(GROUPS)), GROUPS):
         for one in [one for one in runs if one["problem"] == problem]:
             for name, colour in colours.items():
                 points = sorted((p["iterations"], p["nmse"]) for p in one["rows"][name])
@@ -231,7 +278,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=600, help="updates in each of the two phases")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each on a thread of its own")
-    parser.add_argument("--only", choices=list(GROUPS), help="one of the two problems")
+    parser.add_argument("--only", choices=list(GROUPS), help="one of the problems")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     RESULTS.mkdir(exist_ok=True)
