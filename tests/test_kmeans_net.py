@@ -161,7 +161,7 @@ def test_digits(digits):
 
 
 def test_digits_in_one_run(digits):
-    """A run of its own reaches what is asked of it, and the objective against spherical k-means by Lloyd's algorithm."""
+    """A run of its own reaches what is asked; and the objective against spherical k-means by Lloyd's algorithm."""
     X, y = digits
     model = KMeansNet(10, random_state=0).fit(X)
     assert 100 * accuracy(y, model.labels_) >= 78.5
