@@ -24,6 +24,11 @@ def integer(name: str, value: Any, *, minimum: int = 1) -> int:
     return int(value)
 
 
+def shape_of(value: Any) -> str:
+    """What came, for a message: the shape of a tensor, the type of anything else."""
+    return f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+
+
 def real(name: str, value: Any, *, minimum: float = -math.inf, above: float = -math.inf, hint: str = "") -> float:
     """Return `value` as a float if it is a finite real number, at least `minimum` and strictly above `above`."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):

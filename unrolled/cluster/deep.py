@@ -68,8 +68,9 @@ class DeepKMeans(nn.Module):
         codes = self.encoder(x)
         d = self.head.in_features
         if not isinstance(codes, Tensor) or codes.dim() != 2 or codes.shape[1] != d:
-            came = f"shape {tuple(codes.shape)}" if isinstance(codes, Tensor) else type(codes).__name__
-            raise ValueError(f"encoder must return codes of shape (n, {d}) to fit the head, got {came}.")
+            raise ValueError(
+                f"encoder must return codes of shape (n, {d}) to fit the head, got {_check.shape_of(codes)}."
+            )
         if _check.autocast(codes.device):
             codes = codes.to(self.head.centres.dtype)
         if not self.head.spherical:

@@ -73,7 +73,7 @@ class Halting(Stopping):
         if isinstance(logits, Tensor) and logits.shape == (*batch, 1):
             logits = logits.squeeze(-1)
         if not isinstance(logits, Tensor) or logits.shape != batch:
-            came = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
+            came = _check.shape_of(logits)
             raise ValueError(
                 f"head must return one logit a sample, {tuple(batch)} or {(*batch, 1)}, got {came}. How many trailing "
                 f"dimensions of the readout make up a sample is {type(step).__name__}.event_dim={step.event_dim}."
@@ -111,7 +111,7 @@ class Outcomes:
         batch = self.count.logits.shape[:-1]
         for value in values:
             if not isinstance(value, Tensor) or value.shape != batch:
-                came = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+                came = _check.shape_of(value)
                 raise ValueError(
                     f"each must return one number a sample, {tuple(batch)}, got {came}. Take sums or means over a "
                     "sample's own dimensions only, such as .mean(-1)."

@@ -62,7 +62,7 @@ class Samples:
             return x
         seen = self.augment(x, generator)
         if not isinstance(seen, Tensor) or seen.shape != x.shape:
-            came = f"shape {tuple(seen.shape)}" if isinstance(seen, Tensor) else type(seen).__name__
+            came = _check.shape_of(seen)
             raise ValueError(f"augment must return samples of shape {tuple(x.shape)}, as it got them; it gave {came}.")
         return seen
 
