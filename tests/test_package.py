@@ -25,7 +25,7 @@ ROOMS = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in FILE
 
 # A room is a file or a subpackage; it imports from the rows above its own. A new room needs a place here.
 RANKS = [
-    {"_check", "_config"},
+    {"_check", "_config", "_modes"},
     {"_tree"},
     {"functional", "operators", "metrics"},
     {"solvers", "step", "gradient", "stopping"},

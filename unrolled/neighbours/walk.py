@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from unrolled import _check
+from unrolled._modes import modes_kept
 from unrolled.neighbours.tree import BoundaryTree
 from unrolled.step import Step
 
@@ -101,13 +102,9 @@ class BoundaryTreeStep(Step):
             raise ValueError(f"points must have shape (n, ...), got {tuple(points.shape)}: a row for each example.")
         for parameter in list(self.encoder.parameters())[:1]:
             _check.of_the_network("points", points, parameter)
-        modes = {module: module.training for module in self.encoder.modules()}
-        try:
+        with modes_kept(self.encoder):
             self.encoder.eval()
             features = torch.cat([self._encoded(part) for part in points.split(PART)])
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
         if not bool(features.isfinite().all()):
             raise ValueError("encoder gave features that are NaN or infinite. Lower the learning rate.")
         tree = BoundaryTree(self.k)
@@ -256,7 +253,7 @@ class BoundaryTreeStep(Step):
     def _encoded(self, x: Tensor) -> Tensor:
         features = self.encoder(x)
         if not isinstance(features, Tensor) or features.dim() != 2 or features.shape[0] != x.shape[0]:
-            came = f"shape {tuple(features.shape)}" if isinstance(features, Tensor) else type(features).__name__
+            came = _check.shape_of(features)
             raise ValueError(f"encoder must map {len(x)} samples to features ({len(x)}, q), it gave {came}.")
         return features
 

@@ -14,9 +14,10 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from unrolled import _check
+from unrolled._modes import modes_kept
 from unrolled.image.tnrd import TNRD, TNRDStep
 from unrolled.training import History, Stage, fit
-from unrolled.training.loop import modes_kept, progress_bar
+from unrolled.training.loop import progress_bar
 
 WARM_UP = 20  # steps in which the rate rises
 LAST_RATE = 0.02  # what remains of it at the end

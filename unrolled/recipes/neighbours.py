@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from unrolled import _check
+from unrolled._modes import modes_kept
 from unrolled.neighbours import DifferentiableBoundaryTree
 from unrolled.training import History, fit
 
@@ -91,7 +92,9 @@ def train_boundary_tree(
     _check.real("lr", lr, above=0.0)
     n = len(_check.tensor("points", points))
     if not isinstance(labels, Tensor) or labels.shape != (n,):
-        raise ValueError(f"labels must be a Tensor of shape ({n},), one label for each point, got {_shape(labels)}.")
+        raise ValueError(
+            f"labels must be a Tensor of shape ({n},), one label for each point, got {_check.shape_of(labels)}."
+        )
     if _check.integer("tree_samples", tree_samples, minimum=2) >= n:
         raise ValueError(
             f"tree_samples must be less than the {n} examples, as training goes on with the rest, got {tree_samples}."
@@ -139,7 +142,9 @@ def train_boundary_tree(
         progress=progress,
         seed=seed,
     )
-    _choose(net, points, labels, draw, final_trees, held_out)
+    with modes_kept(net):
+        net.eval()
+        _choose(net, points, labels, draw, final_trees, held_out)
     return history
 
 
@@ -153,8 +158,6 @@ def _choose(
     held_out: tuple[Tensor, Tensor] | None,
 ) -> None:
     """Leave the best of `count` trees in the network."""
-    mode = net.training
-    net.eval()
     best = None
     for _ in range(count):
         rest = draw()
@@ -169,8 +172,3 @@ def _choose(
             best = (wrong, loss), net.points, net.labels, net.parents
     assert best is not None
     net.set_tree(*best[1:])
-    net.train(mode)
-
-
-def _shape(value: Any) -> str:
-    return f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

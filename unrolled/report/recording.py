@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unrolled._modes import modes_kept
 from unrolled._tree import State, leaves, map_state
 from unrolled.gradient import Backprop
 from unrolled.gradient.protocol import moving
@@ -187,15 +188,10 @@ class Run:
 @contextlib.contextmanager
 def quiet(net: Unroll) -> Iterator[None]:
     """Eval mode without gradients; modes and random numbers are afterwards what they were."""
-    modes = {module: module.training for module in net.modules()}
     devices = {tensor.device.index or 0 for tensor in net.parameters() if tensor.is_cuda}
-    try:
+    with modes_kept(net), torch.random.fork_rng(devices=sorted(devices)), torch.no_grad():
         net.eval()
-        with torch.random.fork_rng(devices=sorted(devices)), torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+        yield
 
 
 def plain(net: Unroll) -> Unroll:

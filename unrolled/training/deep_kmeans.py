@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from unrolled import _check
+from unrolled._modes import modes_kept
 from unrolled.cluster.annealing import AnnealTemperature
 from unrolled.cluster.deep import DeepKMeans
 from unrolled.cluster.deep_losses import ClusteringLoss, Contrast, LogLikelihood
 from unrolled.training import processes
 from unrolled.training.deep_kmeans_run import DeepRun, Plan, Schedule
 from unrolled.training.deep_kmeans_samples import Augment, Rows, Samples
-from unrolled.training.loop import Callback, _is_true, _writable, modes_kept, progress_bar
+from unrolled.training.loop import Callback, _is_true, _writable, progress_bar
 
 Fitted = TypeVar("Fitted")
 

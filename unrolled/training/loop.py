@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from unrolled import _check
+from unrolled._modes import modes_kept
 from unrolled.training import processes
 from unrolled.training.history import History
 from unrolled.training.run import Loss, Run
@@ -197,17 +197,6 @@ def _writable(checkpoint: str | os.PathLike[str]) -> Path:
 def _is_true(answer: Any) -> bool:
     # Not any truthy value: a callback may return, say, how many bytes it wrote.
     return isinstance(answer, bool | np.bool_ | Tensor) and bool(answer)
-
-
-@contextlib.contextmanager
-def modes_kept(net: nn.Module) -> Iterator[None]:
-    """Put every module back into the mode, train or eval, that it came in."""
-    modes = {module: module.training for module in net.modules()}
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def progress_bar(total: int, progress: bool) -> Any:

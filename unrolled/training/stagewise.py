@@ -13,10 +13,11 @@ from torch import nn
 from torch.optim import Optimizer
 
 from unrolled import _check
+from unrolled._modes import modes_kept
 from unrolled.training import processes
 from unrolled.training.data import Random
 from unrolled.training.history import History, Stage
-from unrolled.training.loop import Callback, check_arguments, fit, modes_kept, progress_bar
+from unrolled.training.loop import Callback, check_arguments, fit, progress_bar
 from unrolled.training.run import Loss
 from unrolled.unroll import Unroll
 
