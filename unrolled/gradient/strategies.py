@@ -7,12 +7,11 @@ import math
 import operator
 from dataclasses import dataclass, field
 
-from torch.utils.checkpoint import checkpoint
-
 from unrolled import _check
 from unrolled._tree import State
 from unrolled.gradient.contraction import SLOW, Guard
 from unrolled.gradient.protocol import Advance, check_differentiable, is_tied, refuse_transforms
+from unrolled.gradient.recompute import recomputing
 
 
 @dataclass(frozen=True)
@@ -49,11 +48,11 @@ class Checkpointed:
 
     def __call__(self, advance: Advance, state: State, num_iters: int) -> State:
         refuse_transforms(self, only_gradients=True)
+        recomputed = recomputing(advance, state)
         for start, stop in itertools.pairwise([*self.starts(num_iters), num_iters]):
             if self.every is None and stop == num_iters:
                 return advance(state, start, stop)  # short, and the first to go back through: not worth a second run
-            # `advance` checks the shapes and dtypes of states; those of every saved tensor would cost 3 % of a step.
-            state = checkpoint(advance, state, start, stop, use_reentrant=False, determinism_check="none")
+            state = recomputed(state, start, stop)
         return state
 
     def starts(self, num_iters: int) -> list[int]:
