@@ -8,6 +8,7 @@ depend much on what else the machine does. With `--checkpoint` a run that was in
     python benchmarks/train_tnrd.py --data FOLDER --filter-size 7 --sigma 25
     python benchmarks/train_tnrd.py --data FOLDER --sigma 25 --further 1          # then go on; and again, with 2, 3
     python benchmarks/train_tnrd.py --data FOLDER --sigma 25 --filter-size 7 --further 1
+    python benchmarks/train_tnrd.py --data FOLDER --sigma 25 --further 3 --steps 8000 --lr 3e-3 --crop 96 --batch 4
     python benchmarks/train_tnrd.py --data FOLDER --sigma 25 --steps 20000 --checkpoint run.pt    # a longer run
 """
 
@@ -26,7 +27,7 @@ from torch import Tensor
 from unrolled.image import TNRD, _weights
 from unrolled.image.tnrd import RADIUS
 from unrolled.metrics.image import psnr
-from unrolled.recipes.denoising import train_denoiser
+from unrolled.recipes.denoising import NegativePSNR, train_denoiser
 
 HELD_OUT = 16
 STAGES = 5
@@ -40,6 +41,9 @@ class Plan(NamedTuple):
     seed: int
     origin: int | None = None  # the noise whose weights it begins with
     rescaled: bool = False  # and then with its influence functions stretched to this noise
+    crop: int = 64
+    batch: int = 8
+    psnr: bool = False  # what is trained for: the mean PSNR, or the squared error
 
 
 PLANS = {
@@ -83,7 +87,7 @@ def train(folder: Path, size: int, sigma: int, plan: Plan, checkpoint: str | Non
     train_set, held_out = images(folder)
     net = TNRD(STAGES, sigma=sigma, filter_size=size)
     if plan.origin is not None:
-        net.load_state_dict(_weights.load(f"tnrd_{size}x{size}", plan.origin))
+        net.load_state_dict(_weights.load(f"tnrd_{size}x{size}_sigma{plan.origin}"))
         if plan.rescaled:
             rescale(net, sigma / plan.origin)
     before = held_out_psnr(net, held_out, sigma)
@@ -94,6 +98,9 @@ def train(folder: Path, size: int, sigma: int, plan: Plan, checkpoint: str | Non
         sigma=sigma,
         num_steps=plan.steps,
         lr=plan.lr,
+        crop=plan.crop,
+        batch_size=plan.batch,
+        loss=NegativePSNR() if plan.psnr else None,
         seed=plan.seed,
         progress=True,
         checkpoint=checkpoint,
@@ -110,7 +117,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with train400.npz")
     parser.add_argument("--filter-size", type=int, default=5)
     parser.add_argument("--sigma", type=int, help="only this noise")
-    parser.add_argument("--steps", type=int, help="in place of the plan's")
+    for name, kind in (("steps", int), ("lr", float), ("crop", int), ("batch", int)):
+        parser.add_argument(f"--{name}", type=kind, help="in place of the plan's")
+    parser.add_argument("--psnr", action="store_true", help="train for the mean PSNR, not the squared error")
     parser.add_argument("--further", type=int, default=0, help="how many runs there were already, to go on from")
     parser.add_argument("--checkpoint", help="file to go on from and to write to")
     args = parser.parse_args()
@@ -118,7 +127,9 @@ def main() -> None:
     for (size, sigma), plan in (FURTHER if args.further else PLANS).items():
         if size == args.filter_size and args.sigma in (None, sigma):
             plan = plan._replace(seed=plan.seed + 100 * max(0, args.further - 1))  # crops that it has not seen
-            plan = plan if args.steps is None else plan._replace(steps=args.steps)
+            given = {name: getattr(args, name) for name in ("steps", "lr", "crop", "batch")}
+            given = {name: value for name, value in given.items() if value is not None}
+            plan = plan._replace(psnr=args.psnr, **given)
             result = train(args.data, size, sigma, plan, args.checkpoint)
             save(f"train_tnrd_{size}x{size}_sigma{sigma}{f'_further{args.further}' if args.further else ''}", result)
 

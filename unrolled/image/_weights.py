@@ -1,4 +1,4 @@
-"""The trained weights that come with the package: one .npz file each, named by network and noise."""
+"""The trained weights that come with the package: one .npz file each."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import Tensor, nn
 FOLDER = Path(__file__).parent / "weights"
 
 
-def load(name: str, sigma: float) -> dict[str, Tensor]:
-    """The state of the network of this name for this noise."""
-    path = FOLDER / f"{name}_sigma{sigma:g}.npz"
+def load(name: str) -> dict[str, Tensor]:
+    """The state of the network of this name."""
+    path = FOLDER / f"{name}.npz"
     if not path.is_file():
         there = sorted(path.stem for path in FOLDER.glob("*.npz"))
         raise ValueError(f"There are no weights {path.stem}; there are {', '.join(there)}. Train your own: recipes.")

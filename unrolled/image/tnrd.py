@@ -300,7 +300,7 @@ class TNRD(Unroll):
         Raises:
             ValueError: there are no weights for this noise and filter size; it says which there are.
         """
-        values = _weights.load(f"tnrd_{filter_size}x{filter_size}", sigma)
+        values = _weights.load(f"tnrd_{filter_size}x{filter_size}_sigma{sigma:g}")
         num_iters = 1 + max(int(name.split(".")[1]) for name in values)
         net = cls(num_iters, sigma=sigma, filter_size=filter_size, data_range=data_range, device=device, dtype=dtype)
         net.load_state_dict(values)

@@ -18,6 +18,7 @@ from unrolled._modes import modes_kept
 from unrolled.image.tnrd import TNRD, TNRDStep
 from unrolled.training import History, Stage, fit
 from unrolled.training.loop import progress_bar
+from unrolled.training.run import Loss
 
 WARM_UP = 20  # steps in which the rate rises
 LAST_RATE = 0.02  # what remains of it at the end
@@ -42,6 +43,28 @@ class SquaredError(nn.Module):
         noisy, clean = batch
         # Grey levels are of order 1, so that Adam's epsilon is small beside the gradients.
         return (self.scale * (net(noisy) - clean)).square().mean()
+
+
+class NegativePSNR(nn.Module):
+    r"""$\frac1B \sum_b 10 \log_{10} \mathrm{MSE}_b$ over the images of batches (y, x): trains for the mean PSNR.
+
+    `SquaredError` cares most about images that are hard; here a decibel is a decibel in every image.
+
+    Args:
+        data_range: images are in [0, `data_range`].
+
+    Example:
+        >>> NegativePSNR()(torch.nn.Identity(), (torch.full((2, 1, 2, 2), 0.1), torch.zeros(2, 1, 2, 2)))
+        tensor(-20.)
+    """
+
+    def __init__(self, data_range: float = 1.0) -> None:
+        super().__init__()
+        self.scale = 1 / _check.real("data_range", data_range, above=0.0)
+
+    def forward(self, net: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        noisy, clean = batch
+        return 10 * (self.scale * (net(noisy) - clean)).square().mean((-3, -2, -1)).log10().mean()
 
 
 def noisy_crops(
@@ -114,6 +137,7 @@ def train_denoiser(
     lr: float = 3e-3,
     crop: int = 64,
     batch_size: int = 8,
+    loss: Loss | None = None,
     progress: bool = False,
     checkpoint: str | os.PathLike[str] | None = None,
     seed: int = 0,
@@ -132,12 +156,13 @@ def train_denoiser(
         lr: the highest rate of the filters.
         crop: side of the crops, see `noisy_crops`.
         batch_size: crops in a batch.
+        loss: of the network and a batch (noisy, clean); `SquaredError` where not given, `NegativePSNR` is another.
         progress: whether to show a progress bar.
         checkpoint: as in `fit`, of the updates of all stages together.
         seed: of crops and noise.
 
     Returns:
-        The `History` of all updates, in squared grey levels, with the stages in `stages`.
+        The `History` of all updates, in the unit of the loss, squared grey levels, with the stages in `stages`.
 
     Example:
         >>> net = TNRD(num_iters=2, sigma=25, filter_size=3)
@@ -150,7 +175,7 @@ def train_denoiser(
     _check.integer("num_steps", num_steps)
     _check.integer("greedy_steps", greedy_steps, minimum=0)
     data_range = cast(TNRDStep, net[0]).data_range
-    loss = SquaredError(data_range)
+    loss = SquaredError(data_range) if loss is None else loss
     history = History()
 
     def run(part: TNRD, stages: TNRD, steps: int, name: str, path: str | os.PathLike[str] | None = None) -> None:
