@@ -3,10 +3,11 @@
     python examples/deblur.py                          # one of scikit-learn's photographs, shaken here
     python examples/deblur.py --image holiday.jpg      # a photograph of yours, sharp: it is shaken here
     python examples/deblur.py --image shaken.jpg --already-blurred --kernel-size 25
+    python examples/deblur.py --train                  # learn from the other photograph first, some minutes
 
 A random camera shake and noise blur one photograph. Blind deconvolution finds the kernel and the image, first with its
-schedule set by hand, then with the schedule learned on blurs of another photograph. With the true kernel the image is
-restored for comparison.
+schedule set by hand, then with the learned one that comes with the package, or with `--train` with one learned here, on
+blurs of another photograph. With the true kernel the image is restored for comparison.
 
 Writes `results.json` and, where matplotlib is installed, `deblur.png` into the folder given by `--out`.
 """
@@ -21,13 +22,8 @@ from sklearn.datasets import load_sample_images
 
 from unrolled.image.blind import BlindDeconvolution
 from unrolled.metrics import align, psnr
-from unrolled.recipes.deconvolution import (
-    SyntheticBlurs,
-    kernel_distance,
-    motion_kernel,
-    train_blind,
-    train_deconvolution,
-)
+from unrolled.recipes.blind import kernel_distance, train_blind
+from unrolled.recipes.deconvolution import SyntheticBlurs, motion_kernel, train_deconvolution
 
 
 def photographs():
@@ -86,30 +82,35 @@ def main():
     parser.add_argument("--image", type=Path, help="a photograph to use in place of scikit-learn's")
     parser.add_argument("--already-blurred", action="store_true", help="do not shake it: it is")
     parser.add_argument("--kernel-size", type=int, default=17, help="side of the blur, odd; an upper bound will do")
+    parser.add_argument("--train", action="store_true", help="do not take the weights that come with the package")
     parser.add_argument("--out", type=Path, default=Path("deblur"), help="folder for the results")
     parser.add_argument("--smoke", action="store_true", help="a tiny run, to see that everything works")
     arguments = parser.parse_args()
     torch.manual_seed(0)
 
-    side, steps, crop = arguments.kernel_size, 40, 110
+    side, steps, crop, sides = arguments.kernel_size, 40, 110, (9, 19)
     china, flower = photographs().split(1)
     image = read(arguments.image) if arguments.image else china[..., :200, 60:260]
     if arguments.smoke:
-        side, steps, crop, image = 9, 2, 48, image[..., :90, :90]
+        side, steps, crop, sides, image = 9, 3, 48, (9, 9), image[..., :90, :90]
     if arguments.already_blurred:
         y, kernel, sharp = image, None, None
     else:
         y, kernel, sharp = shaken(image, side, sigma=1.0, seed=3)
 
-    net = BlindDeconvolution()
-    problem = SyntheticBlurs(flower, crop=crop, sides=(9, 9) if arguments.smoke else (9, 19))
-    print("learning to restore with a known kernel")
-    train_deconvolution(net.deconvolution, problem, num_steps=steps, batch_size=2, progress=True)
+    if arguments.train or arguments.smoke:
+        net = BlindDeconvolution()
+        problem = SyntheticBlurs(flower, crop=crop, sides=sides)
+        print("learning to restore with a known kernel")
+        train_deconvolution(net.deconvolution, problem, num_steps=steps, batch_size=2, progress=True)
+        print("learning to find the kernel")
+        train_blind(
+            net, problem, num_trials=steps, num_images=2 if arguments.smoke else 16, batch_size=2, progress=True
+        )
+    else:
+        net = BlindDeconvolution.pretrained()
     with torch.no_grad():
-        by_hand = net(y, side)
-    print("learning to find the kernel")
-    train_blind(net, problem, num_steps=steps, batch_size=1 if arguments.smoke else 2, progress=True)
-    with torch.no_grad():
+        by_hand = BlindDeconvolution(deconvolution=net.deconvolution)(y, side)
         learned = net(y, side)
 
     pictures, kernels, results = {"blurred": y}, {}, []

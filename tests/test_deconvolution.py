@@ -1,7 +1,6 @@
 """Deconvolution: networks against solvers and dense algebra, constraints, borders, the recipe, recorded blurs."""
 
 import itertools
-import math
 
 import pytest
 import torch
@@ -11,27 +10,11 @@ from torch.nn.functional import conv2d
 from unrolled.image.blind import BlindDeconvolution, KernelEstimation
 from unrolled.image.deconvolution import NonBlindDeconvolution
 from unrolled.metrics import align, psnr
-from unrolled.recipes.deconvolution import (
-    KernelError,
-    RestorationError,
-    SyntheticBlurs,
-    kernel_distance,
-    motion_kernel,
-    train_blind,
-    train_deconvolution,
-)
+from unrolled.recipes.blind import KernelError, LogErrorRatio, kernel_distance, train_blind
+from unrolled.recipes.deconvolution import RestorationError, SyntheticBlurs, motion_kernel, train_deconvolution
 from unrolled.shrinkage import GeneralizedShrinkage, PiecewiseLinear, SoftThreshold
-from unrolled.solvers.deconvolution import (
-    centred,
-    deconvolve,
-    differences,
-    estimate_kernel,
-    first_kernel,
-    frame,
-    noise_level,
-    scales,
-    transfer,
-)
+from unrolled.solvers.blind_deconvolution import centred, estimate_kernel, first_kernel, scales
+from unrolled.solvers.deconvolution import deconvolve, differences, frame, noise_level, transfer
 
 
 def generator(seed):
@@ -103,11 +86,11 @@ def test_kernels_are_centred_one_by_one():
     kernel[0, 0, 1, 5] = kernel[1, 0, 3, 4] = 1.0
     found = centred(kernel)
     assert (found[:, 0, 3, 3] == 1).all() and found.sum() == 2
-    kernel[1, 0, 1, 6] = kernel[1, 0, 5, 6] = 5.0  # moves by 3
+    kernel[1, 0, 1, 6] = kernel[1, 0, 5, 6] = 5.0  # columns 4 to 6 are taken, however little there is in 4
     found = centred(kernel)
-    assert found[1, 0, 1, 3] == found[1, 0, 5, 3] == 5 and found[1, 0, 3, 1] == 1
-    kernel[1, 0, 6, 0] = 0.1  # now the columns are full
-    assert torch.equal(centred(kernel)[1].sum(-2), kernel[1].sum(-2))
+    assert torch.equal(found[1, 0, :, 2:5], kernel[1, 0, :, 4:] / 11) and found[1].sum() == 1
+    kernel[1, 0, 6, 0] = 0.1  # less than 2 %: lost
+    assert torch.equal(centred(kernel), found)
     assert torch.equal(torch.vmap(centred)(kernel), centred(kernel))
 
 
@@ -227,11 +210,11 @@ def test_blind_is_the_solver_before_training_and_finds_the_kernel():
 def test_the_schedule_is_learned_iteration_by_iteration():
     net = KernelEstimation(5)
     p, weight = net.learned_schedule()
-    assert p == pytest.approx([-1, -0.625, -0.25, 0.125, 0.5])
-    assert weight == pytest.approx([5e-5, 4e-5, 3e-5, 2e-5, 1e-5])
+    assert p == pytest.approx([-0.2, -0.1, 0, 0.1, 0.2], abs=1e-6)
+    assert weight == pytest.approx([4e-3 / 2 ** (t / 2) for t in range(5)])
     with torch.no_grad():
         net.steps[2].shrinkage.raw_p += 0.1
-    assert net.learned_schedule()[0] == pytest.approx([-1, -0.625, -0.15, 0.125, 0.5])
+    assert net.learned_schedule()[0] == pytest.approx([-0.2, -0.1, 0.1, 0.1, 0.2], abs=1e-6)
 
 
 def test_the_kernel_size_may_be_an_upper_bound():
@@ -322,13 +305,58 @@ def test_training_restores_better_and_leaves_the_rest_alone():
     before = RestorationError()(net, batch).item()
     train_deconvolution(net, problem, num_steps=25, batch_size=2, lr=0.1)
     assert RestorationError()(net, batch).item() < before - 0.5 / 20, "half a dB"
+    assert not any(p._backward_hooks for p in net.parameters())
 
-    blind = BlindDeconvolution(KernelEstimation(3), net)
-    tail = {name: value.clone() for name, value in net.state_dict().items()}
-    history = train_blind(blind, problem, num_steps=3, batch_size=1)
-    assert len(history) == 3 and all(math.isfinite(loss) for loss in history.loss)
-    assert all(torch.equal(value, tail[name]) for name, value in net.state_dict().items())
-    assert not any(p._backward_hooks for p in blind.parameters())
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_schedule_is_found_by_trial(tied):
+    problem = SyntheticBlurs(torch.cat([cartoon(48, seed) for seed in range(2)]), crop=48, sides=(5, 5))
+    net = BlindDeconvolution(KernelEstimation(3, tied=tied), NonBlindDeconvolution(3))
+    tail = {name: value.clone() for name, value in net.deconvolution.state_dict().items()}
+    cost = LogErrorRatio([next(problem.batches(2, seed=1))])
+    before = cost(net)
+    options = {"num_images": 2, "batch_size": 2, "seed": 1}
+    history = train_blind(net, problem, num_trials=12, **options)
+    assert len(history) == 12 and history.loss[0] == pytest.approx(before)
+    assert all(b <= a for a, b in itertools.pairwise(history.loss)) and history.loss[-1] < history.loss[0]
+    assert cost(net) == pytest.approx(history.loss[-1]), "what did not help was taken back"
+    assert all(torch.equal(value, tail[name]) for name, value in net.deconvolution.state_dict().items())
+
+    again = BlindDeconvolution(KernelEstimation(3, tied=tied), NonBlindDeconvolution(3))
+    assert train_blind(again, problem, num_trials=12, **options).loss == history.loss
+    untouched = KernelEstimation(3, tied=tied)
+    train_blind(BlindDeconvolution(untouched, net.deconvolution), problem, num_trials=1, **options)
+    for a, b in zip(untouched.parameters(), KernelEstimation(3, tied=tied).parameters(), strict=True):
+        assert torch.equal(a, b)
+    for bad, error, message in (
+        ({"net": net.deconvolution}, TypeError, "net must be a BlindDeconvolution"),
+        ({"problem": cartoon(48)}, TypeError, "problem must be SyntheticBlurs"),
+        ({"num_trials": 0}, ValueError, "num_trials must be at least 1"),
+        ({"batch_size": 0}, ValueError, "batch_size must be at least 1"),
+    ):
+        with pytest.raises(error, match=message):
+            train_blind(**{"net": net, "problem": problem, **bad})
+
+
+def test_the_cost_of_a_kernel_is_counted_in_doublings():
+    problem = SyntheticBlurs(cartoon(64), crop=64, sides=(5, 5), sigmas=(1, 1))
+    batch = next(problem.batches(2, seed=5))
+
+    class Told(BlindDeconvolution):
+        def kernels(self, y, kernel_size):
+            return [batch.kernel]
+
+    assert LogErrorRatio([batch])(Told()) == pytest.approx(0, abs=1e-5)
+    wrong = batch._replace(kernel=first_kernel(batch.blurred, 5))
+    found, known = (
+        [(align(x[None].clamp(0, 1), true[None], border=5)) for x, true in zip(deconvolve(y, k), s, strict=True)]
+        for y, k, s in (batch, wrong)
+    )
+    errors = [torch.stack([(a.found - a.true).square().sum() for a in pairs]) for pairs in (found, known)]
+    ratio = (errors[0] / errors[1]).log2().clamp(0, 4).mean().item()
+    assert LogErrorRatio([wrong])(Told()) == pytest.approx(ratio, abs=1e-4)
+    with pytest.raises(ValueError, match="batches is empty"):
+        LogErrorRatio([])
 
 
 def test_learning_lowers_the_kernel_error():

@@ -4,9 +4,9 @@
 classes; the others are for images.
 """
 
+from .blind import train_blind as train_blind
 from .deconvolution import SyntheticBlurs as SyntheticBlurs
 from .deconvolution import motion_kernel as motion_kernel
-from .deconvolution import train_blind as train_blind
 from .deconvolution import train_deconvolution as train_deconvolution
 from .denoising import noisy_crops as noisy_crops
 from .denoising import refine_denoiser as refine_denoiser

@@ -12,12 +12,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.fft import irfft2, rfft2
 
 from unrolled import _check
-from unrolled.image.blind import BlindDeconvolution
 from unrolled.image.deconvolution import NonBlindDeconvolution
-from unrolled.solvers.deconvolution import check_image, enlarged, scales
+from unrolled.solvers.deconvolution import check_image
 from unrolled.training import History, fit
 
 
@@ -151,60 +149,6 @@ class RestorationError:
         return inner.square().mean((-3, -2, -1)).log10().mean() / 2
 
 
-class KernelError:
-    r"""$\|\hat k - k\|_2 / \|k\|_2$ at every scale, k moved to where it fits $\hat k$ best, the mean.
-
-    The finest scale counts as much as all others together.
-    """
-
-    def __call__(self, net: nn.Module, batch: Blurs) -> Tensor:
-        assert isinstance(net, BlindDeconvolution)
-        side = batch.kernel.shape[-1]
-        found = net.kernels(batch.blurred, side)
-        errors = [
-            kernel_distance(kernel, enlarged(batch.kernel, coarse)).mean()
-            for kernel, coarse in zip(found, scales(side), strict=True)
-        ]
-        if len(errors) == 1:
-            return errors[0]
-        return (errors[-1] + torch.stack(errors[:-1]).mean()) / 2
-
-
-def kernel_distance(found: Tensor, true: Tensor) -> Tensor:
-    r"""$\min_s \|\hat k - k(\cdot - s)\|_2 / \|k\|_2$ over shifts s of quarters of a pixel.
-
-    Args:
-        found: kernels $\hat k$.
-        true: the kernels k.
-
-    Shape:
-        - found, true: (..., side, side)
-        - output: (...)
-
-    Example:
-        >>> kernel = motion_kernel(15, torch.Generator().manual_seed(0))
-        >>> kernel_distance(kernel.roll((1, -2), (-2, -1)), kernel) < 1e-3
-        tensor([True])
-    """
-    size, fine = 2 * true.shape[-1], 4
-    T, K = (rfft2(kernel, s=(size, size)) for kernel in (true, found))
-    with (
-        torch.no_grad()
-    ):  # the shift at which the correlation, interpolated by zeros among the high frequencies, is best
-        cross = torch.fft.fftshift(
-            torch.fft.fft2(found, s=(size, size)) * torch.fft.fft2(true, s=(size, size)).conj(), (-2, -1)
-        )
-        margin = (fine - 1) * size // 2
-        cross = torch.fft.ifftshift(nn.functional.pad(cross, (margin,) * 4), (-2, -1))
-        best = torch.fft.ifft2(cross).real.flatten(-2).argmax(-1)
-        rows, columns = best // (fine * size) / fine, best % (fine * size) / fine
-        down = torch.fft.fftfreq(size, dtype=true.dtype, device=true.device)[:, None]
-        across = torch.fft.rfftfreq(size, dtype=true.dtype, device=true.device)
-        turn = -2 * math.pi * (down * rows[..., None, None] + across * columns[..., None, None])
-    error = irfft2(K - T * torch.polar(torch.ones_like(turn), turn), s=(size, size))
-    return error.square().sum((-2, -1)).add(1e-12).sqrt() / true.square().sum((-2, -1)).sqrt()
-
-
 def train_deconvolution(
     net: NonBlindDeconvolution,
     problem: SyntheticBlurs,
@@ -234,65 +178,15 @@ def train_deconvolution(
         >>> len(train_deconvolution(NonBlindDeconvolution(2), problem, num_steps=2, batch_size=1))
         2
     """
-    return _train(net, problem, RestorationError(), num_steps, batch_size, lr, seed, options)
-
-
-def train_blind(
-    net: BlindDeconvolution,
-    problem: SyntheticBlurs,
-    *,
-    num_steps: int = 100,
-    batch_size: int = 4,
-    lr: float = 0.03,
-    seed: int = 0,
-    **options: Any,
-) -> History:
-    """Train the kernel estimation of a `BlindDeconvolution` on synthetic blurs, by `KernelError`.
-
-    Its deconvolution is left as it is: train that by `train_deconvolution`.
-
-    Args:
-        net: the network, changed in place.
-        problem: where the blurs come from; its kernels' sides are given to the network as `kernel_size`.
-        num_steps: updates.
-        batch_size: images an update.
-        lr: Adam's learning rate to begin with; it falls to nearly 0 along a cosine.
-        seed: of the blurs.
-        options: passed on to `fit`, such as `progress=True` or `callbacks`.
-
-    Returns:
-        The `History`.
-
-    Example:
-        >>> problem = SyntheticBlurs(torch.rand(3, 1, 48, 48), crop=40, sides=(5, 7))
-        >>> from unrolled.image.blind import KernelEstimation
-        >>> net = BlindDeconvolution(KernelEstimation(2), NonBlindDeconvolution(2))
-        >>> len(train_blind(net, problem, num_steps=2, batch_size=1))
-        2
-    """
-    return _train(net, problem, KernelError(), num_steps, batch_size, lr, seed, options)
-
-
-def _train(
-    net: nn.Module,
-    problem: SyntheticBlurs,
-    loss: Any,
-    num_steps: int,
-    batch_size: int,
-    lr: float,
-    seed: int,
-    options: dict[str, Any],
-) -> History:
-    learning = net.kernel_estimation if isinstance(net, BlindDeconvolution) else net
-    optimizer = torch.optim.Adam(learning.parameters(), lr=lr, betas=(0.9, 0.98))
+    optimizer = torch.optim.Adam(net.parameters(), lr=lr, betas=(0.9, 0.98))
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps, eta_min=0.02 * lr)
-    # Through twenty thresholds a gradient can be huge now and then; cut off, it does not spoil Adam's averages.
-    handles = [p.register_hook(lambda g: g.clamp(-1, 1)) for p in learning.parameters() if p.requires_grad]
+    # Through many thresholds a gradient can be huge now and then; cut off, it does not spoil Adam's averages.
+    handles = [p.register_hook(lambda g: g.clamp(-1, 1)) for p in net.parameters() if p.requires_grad]
     try:
         return fit(
             net,
             problem.batches(batch_size, seed=seed),
-            loss,
+            RestorationError(),
             num_steps=num_steps,
             optimizer=optimizer,
             scheduler=scheduler,

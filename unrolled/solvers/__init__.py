@@ -6,9 +6,9 @@ complex.
 """
 
 from .amp import amp as amp
+from .blind_deconvolution import estimate_kernel as estimate_kernel
+from .blind_deconvolution import kernel_at_scale as kernel_at_scale
 from .deconvolution import deconvolve as deconvolve
-from .deconvolution import estimate_kernel as estimate_kernel
-from .deconvolution import kernel_at_scale as kernel_at_scale
 from .denoising import dct_atoms as dct_atoms
 from .denoising import dct_shrinkage as dct_shrinkage
 from .diffusion import heat as heat
