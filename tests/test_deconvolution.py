@@ -260,6 +260,26 @@ def test_bad_arguments(call, error, message):
         call(net, torch.rand(1, 1, 32, 40, generator=generator(0)))
 
 
+def test_trained_weights_come_along():
+    from sklearn.datasets import load_sample_image
+
+    photo = torch.tensor(load_sample_image("china.jpg")).float().mean(-1)[None, None] / 255
+    kernel = motion_kernel(9, generator(4))[None]
+    y, sharp = blurred(photo[..., 60:180, 300:420], kernel, sigma=1.0)
+    with torch.no_grad():
+        trained = psnr(NonBlindDeconvolution.pretrained()(y, kernel), sharp)
+        assert trained > psnr(deconvolve(y, kernel), sharp)
+        net = BlindDeconvolution.pretrained()
+        found, _ = net(y, kernel_size=9)
+        by_hand, _ = BlindDeconvolution()(y, kernel_size=9)
+        learned, untrained = (psnr(*align(x, sharp, border=8, subpixel=1)[:2]) for x in (found, by_hand))
+        assert learned > untrained + 0.5 and untrained > psnr(y, sharp) + 3
+        bright, _ = BlindDeconvolution.pretrained(data_range=255.0)(255 * y, kernel_size=9)
+    assert psnr(bright / 255, found) > 40
+    assert not net.training and net.kernel_estimation.learned_schedule() != KernelEstimation().learned_schedule()
+    assert BlindDeconvolution.pretrained(dtype=torch.float64)(y.double(), 9).image.dtype == torch.float64
+
+
 # ---- The recipe ------------------------------------------------------------------------------------------------------
 
 
