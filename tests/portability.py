@@ -198,6 +198,8 @@ EXCEPTIONS = {
     (LATTICE, "vmap, per-sample gradients"): Refused(UNKNOWN, RuntimeError, "Batching rule not implemented"),
     ("deconvolution", "ONNX"): Refused(MEDIAN, RuntimeError, "No ONNX function found for .*aten.median"),
     ("deconvolution tied, colour, sigma", "ONNX"): Refused(COMPLEX, RuntimeError, "for the complex-valued input"),
+    ("kernel estimation", "ONNX"): Refused(COMPLEX, RuntimeError, "for the complex-valued input"),
+    ("kernel estimation tied, colour", "ONNX"): Refused(COMPLEX, RuntimeError, "for the complex-valued input"),
     # Only NA-ALISTA has such modules: its recurrent network.
     **{
         (system.name, "int8"): Refused(PLAIN, AssertionError, "no module to quantise")
