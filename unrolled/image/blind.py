@@ -55,6 +55,7 @@ class _Prepared(NamedTuple):
     slopes: Tensor  # its gradients, (..., 2 C, *frame): those along rows, then those along columns
     sloped: Tensor  # where they were seen, 0 or 1
     F: Tensor  # transforms of the two differences
+    roughness: Tensor  # their powers together
     area: Frame
 
 
@@ -125,18 +126,17 @@ class KernelStep(Step):
         area = frame(y.shape[-2:], 2 * kernel.shape[-1])
         inside = area.zeros(torch.ones_like(y[..., :1, :, :]))
         F = transfer(differences(y), area.full)
-        return _Prepared(kernel, area.reflect(y), inside, *seen_gradients(y, area), F, area)
+        return _Prepared(kernel, area.reflect(y), inside, *seen_gradients(y, area), F, F.abs().square().sum(-3), area)
 
     def init(self, context: _Prepared) -> KernelState:
         seen = context.seen
         return KernelState(context.kernel, seen, torch.zeros_like(seen[..., :1, :, :]), seen.new_zeros(()))
 
     def forward(self, state: KernelState, context: _Prepared) -> KernelState:
-        _, seen, inside, slopes, sloped, F, area = context
+        _, seen, inside, slopes, sloped, F, roughness, area = context
         weight, p = self.weight(state.k), self.exponent(state.k)
         K, X = transfer(state.kernel, area.full), rfft2(state.image)
         KY, power = K.conj() * rfft2(complete(seen, inside, K, X, area)), K.abs().square()
-        roughness = F.abs().square().sum(-3)
         beta = self.log_start.exp() * weight
         for j in range(HALVINGS):
             beta = beta * self.log_growth.exp() if j else beta

@@ -162,7 +162,8 @@ def train_denoiser(
         seed: of crops and noise.
 
     Returns:
-        The `History` of all updates, in the unit of the loss, squared grey levels, with the stages in `stages`.
+        The `History` of all updates, in the unit of the loss (squared grey levels by default); the stages are in
+        `stages`.
 
     Example:
         >>> net = TNRD(num_iters=2, sigma=25, filter_size=3)

@@ -65,6 +65,8 @@ def kernel_at_scale(y: Tensor, kernel: Tensor, *, num_iters: int = 8) -> Tensor:
     seen, inside = area.reflect(y), area.zeros(torch.ones_like(y[..., :1, :, :]))
     slopes, sloped = seen_gradients(y, area)
     F = transfer(differences(y), area.full)
+    roughness = F.abs().square().sum(-3)
+    multipliers = torch.zeros_like(seen[..., :1, :, :])
     X = rfft2(seen)
     for t in range(num_iters):
         r = t / max(num_iters - 1, 1)
@@ -74,11 +76,10 @@ def kernel_at_scale(y: Tensor, kernel: Tensor, *, num_iters: int = 8) -> Tensor:
         for j in range(HALVINGS):
             beta = 2 * weight * 2.5**j
             w = generalized_threshold(gradients(X, F, area), weight / beta, p)
-            X = (KY + beta * divergence(w, F)) / (power + beta * F.abs().square().sum(-3))
+            X = (KY + beta * divergence(w, F)) / (power + beta * roughness)
         d = generalized_threshold(gradients(X, F, area), weight / beta, p)
         D = rfft2(torch.cat([d.real, d.imag], -3))
         g = complete(slopes, sloped, K, D, area)
-        multipliers = torch.zeros_like(seen[..., :1, :, :])
         kernel, _ = fitted_kernel(kernel, multipliers, D, rfft2(g), area, 0.01, 0.1, 0.05, 0.0)
     return kernel
 
