@@ -1,19 +1,34 @@
 """Deconvolution: networks against solvers and dense algebra, constraints, borders, the recipe, recorded blurs."""
 
 import itertools
+import math
 
+import numpy as np
 import pytest
 import torch
 from data import load
+from scipy.ndimage import label
 from torch.nn.functional import conv2d
 
+from unrolled.functional import generalized_threshold
 from unrolled.image.blind import BlindDeconvolution, KernelEstimation
 from unrolled.image.deconvolution import NonBlindDeconvolution
 from unrolled.metrics import align, psnr
 from unrolled.recipes.blind import KernelError, LogErrorRatio, kernel_distance, train_blind
 from unrolled.recipes.deconvolution import RestorationError, SyntheticBlurs, motion_kernel, train_deconvolution
 from unrolled.shrinkage import GeneralizedShrinkage, PiecewiseLinear, SoftThreshold
-from unrolled.solvers.blind_deconvolution import centred, estimate_kernel, first_kernel, scales
+from unrolled.solvers.blind_deconvolution import (
+    SPECK,
+    centred,
+    divergence,
+    estimate_kernel,
+    first_kernel,
+    reach,
+    scales,
+    seen_gradients,
+    shrunk_gradients,
+    without_specks,
+)
 from unrolled.solvers.deconvolution import deconvolve, differences, frame, noise_level, transfer
 
 
@@ -92,6 +107,66 @@ def test_kernels_are_centred_one_by_one():
     kernel[1, 0, 6, 0] = 0.1  # less than 2 %: lost
     assert torch.equal(centred(kernel), found)
     assert torch.equal(torch.vmap(centred)(kernel), centred(kernel))
+
+
+def _parts(kernel):
+    """The kernel without specks, by SciPy."""
+    parts, count = label(kernel.numpy(), structure=np.ones((3, 3)))
+    masses = [kernel[torch.from_numpy(parts == i)].sum().item() for i in range(count + 1)]
+    least = min(SPECK * kernel.sum().item(), max(masses[1:]))
+    kept = torch.from_numpy(np.isin(parts, [i for i in range(1, count + 1) if masses[i] >= least]))
+    return kernel * kept / (kernel * kept).sum()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_parts_of_a_kernel_are_those_that_scipy_labels(seed):
+    random = generator(seed)
+    shapes = torch.rand(6, 1, 15, 15, dtype=torch.float64, generator=random)
+    share = torch.tensor([0.9, 0.8, 0.7, 0.6, 0.5, 0.3])[:, None, None, None]
+    kernel = torch.where(shapes > share, shapes, 0.0)
+    kernel = kernel / kernel.sum((-2, -1), keepdim=True)
+    found = without_specks(kernel)
+    for one, expected in zip(found, kernel, strict=True):
+        torch.testing.assert_close(one[0], _parts(expected[0]))
+    assert torch.equal(torch.vmap(without_specks)(kernel), found)
+    torch.testing.assert_close(without_specks(found), found)
+
+
+def test_lengths_of_gradients_shrink_and_directions_stay():
+    y = torch.rand(2, 3, 9, 11, dtype=torch.float64, generator=generator(0))
+    area = frame(y.shape[-2:], 6)
+    F, X = transfer(differences(y), area.full), torch.fft.rfft2(area.reflect(y))
+    d, w = (shrunk_gradients(X, F, area, threshold, 0.5) for threshold in (0.0, 0.05))
+    assert d.shape == (2, 3, 2, *area.full)
+    slopes, sloped = seen_gradients(y, area)
+    inside = sloped.unflatten(-3, (3, 2)).bool()
+    torch.testing.assert_close(slopes.unflatten(-3, (3, 2))[inside], d[inside])
+    expected = generalized_threshold(torch.complex(d[..., 0, :, :], d[..., 1, :, :]), 0.05, 0.5)
+    torch.testing.assert_close(torch.view_as_complex(w.movedim(-3, -1).contiguous()), expected)
+    assert 0.1 < (w == 0).double().mean() < 0.9
+    product = (w * d).sum((-3, -2, -1))
+    back = torch.fft.irfft2(divergence(w, F), s=area.full)
+    torch.testing.assert_close((back * area.reflect(y)).sum((-2, -1)), product)
+
+
+def test_the_reach_of_gradients():
+    d = torch.zeros(2, 2, 11, 12)
+    d[0, 1, 5, 6], d[1, 0, 0, 0] = -0.1, 2.0
+    expected = torch.zeros(2, 1, 11, 12)
+    expected[0, 0, 3:8, 4:9], expected[1, 0, :3, :3] = 1.0, 1.0
+    assert torch.equal(reach(d, 5), expected)
+
+
+def test_how_the_weight_depends_on_the_side_of_the_kernel_is_learned():
+    y, kernel = torch.rand(1, 1, 20, 20, generator=generator(0)), motion_kernel(5, generator(1))[None]
+    net, other = KernelEstimation(2), KernelEstimation(2)
+    with torch.no_grad():
+        for step in net:
+            step.raw_coarse.fill_(2.0)
+        for step in other:
+            step.shrinkage.log_weight.add_(math.log(4))
+    torch.testing.assert_close(net(y, kernel), other(y, kernel))
+    assert net[0].weight(torch.tensor(0.0), 20).item() == pytest.approx(0.004 / 4)
 
 
 def test_the_scales():
@@ -264,17 +339,18 @@ def test_trained_weights_come_along():
     from sklearn.datasets import load_sample_image
 
     photo = torch.tensor(load_sample_image("china.jpg")).float().mean(-1)[None, None] / 255
-    kernel = motion_kernel(9, generator(4))[None]
-    y, sharp = blurred(photo[..., 60:180, 300:420], kernel, sigma=1.0)
     with torch.no_grad():
+        kernel = motion_kernel(9, generator(4))[None]
+        y, sharp = blurred(photo[..., 60:180, 300:420], kernel, sigma=1.0)
         trained = psnr(NonBlindDeconvolution.pretrained()(y, kernel), sharp)
         assert trained > psnr(deconvolve(y, kernel), sharp)
+        y, sharp = blurred(photo[..., 60:180, 300:420], motion_kernel(13, generator(4))[None], sigma=1.0)
         net = BlindDeconvolution.pretrained()
-        found, _ = net(y, kernel_size=9)
-        by_hand, _ = BlindDeconvolution()(y, kernel_size=9)
+        found, _ = net(y, kernel_size=13)
+        by_hand, _ = BlindDeconvolution()(y, kernel_size=13)
         learned, untrained = (psnr(*align(x, sharp, border=8, subpixel=1)[:2]) for x in (found, by_hand))
         assert learned > untrained + 0.5 and untrained > psnr(y, sharp) + 3
-        bright, _ = BlindDeconvolution.pretrained(data_range=255.0)(255 * y, kernel_size=9)
+        bright, _ = BlindDeconvolution.pretrained(data_range=255.0)(255 * y, kernel_size=13)
     assert psnr(bright / 255, found) > 40
     assert not net.training and net.kernel_estimation.learned_schedule() != KernelEstimation().learned_schedule()
     assert BlindDeconvolution.pretrained(dtype=torch.float64)(y.double(), 9).image.dtype == torch.float64
@@ -333,7 +409,7 @@ def test_the_schedule_is_found_by_trial(tied):
     problem = SyntheticBlurs(torch.cat([cartoon(48, seed) for seed in range(2)]), crop=48, sides=(5, 5))
     net = BlindDeconvolution(KernelEstimation(3, tied=tied), NonBlindDeconvolution(3))
     tail = {name: value.clone() for name, value in net.deconvolution.state_dict().items()}
-    cost = LogErrorRatio([next(problem.batches(2, seed=1))])
+    cost = LogErrorRatio([next(problem.batches(2, seed=1))], net.deconvolution)
     before = cost(net)
     options = {"num_images": 2, "batch_size": 2, "seed": 1}
     history = train_blind(net, problem, num_trials=12, **options)
@@ -358,6 +434,24 @@ def test_the_schedule_is_found_by_trial(tied):
             train_blind(**{"net": net, "problem": problem, **bad})
 
 
+def test_a_trial_that_is_no_better_on_the_first_half_ends_there():
+    problem = SyntheticBlurs(cartoon(48), crop=48, sides=(5, 5))
+    seen = []
+
+    class Fixed(BlindDeconvolution):
+        def kernels(self, y, kernel_size):
+            seen.append(y[:, 0, 0, 0])
+            return [first_kernel(y, kernel_size)]
+
+    net = Fixed(KernelEstimation(2), NonBlindDeconvolution(2))
+    history = train_blind(net, problem, num_trials=4, num_images=6, batch_size=2)
+    assert len(set(history.loss)) == 1
+    assert len(seen) == 3 + 3 * 2, "three batches at first, then the first two"
+    assert all(torch.equal(seen[3 + i], seen[i % 2]) for i in range(6))
+    for a, b in zip(net.kernel_estimation.parameters(), KernelEstimation(2).parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_the_cost_of_a_kernel_is_counted_in_doublings():
     problem = SyntheticBlurs(cartoon(64), crop=64, sides=(5, 5), sigmas=(1, 1))
     batch = next(problem.batches(2, seed=5))
@@ -366,7 +460,8 @@ def test_the_cost_of_a_kernel_is_counted_in_doublings():
         def kernels(self, y, kernel_size):
             return [batch.kernel]
 
-    assert LogErrorRatio([batch])(Told()) == pytest.approx(0, abs=1e-5)
+    net = Told()
+    assert LogErrorRatio([batch], net.deconvolution)(net) == pytest.approx(0, abs=1e-5)
     wrong = batch._replace(kernel=first_kernel(batch.blurred, 5))
     found, known = (
         [(align(x[None].clamp(0, 1), true[None], border=5)) for x, true in zip(deconvolve(y, k), s, strict=True)]
@@ -374,9 +469,9 @@ def test_the_cost_of_a_kernel_is_counted_in_doublings():
     )
     errors = [torch.stack([(a.found - a.true).square().sum() for a in pairs]) for pairs in (found, known)]
     ratio = (errors[0] / errors[1]).log2().clamp(0, 4).mean().item()
-    assert LogErrorRatio([wrong])(Told()) == pytest.approx(ratio, abs=1e-4)
+    assert LogErrorRatio([wrong], net.deconvolution)(net) == pytest.approx(ratio, abs=1e-4)
     with pytest.raises(ValueError, match="batches is empty"):
-        LogErrorRatio([])
+        LogErrorRatio([], net.deconvolution)
 
 
 def test_learning_lowers_the_kernel_error():
@@ -411,6 +506,11 @@ def test_learning_lowers_the_kernel_error():
             lambda: SyntheticBlurs(torch.rand(1, 1, 64, 64), crop=64, sigmas=(0, 1)),
             ValueError,
             "sigmas must be positive",
+        ),
+        (
+            lambda: SyntheticBlurs(torch.rand(1, 1, 64, 64), crop=64, widths=(0.9, 0.5)),
+            ValueError,
+            "widths must be positive, the lower one first",
         ),
         (lambda: SyntheticBlurs(torch.ones(1, 1, 64, 64).byte(), crop=64), TypeError, "images must be floating point"),
     ],

@@ -11,7 +11,6 @@ from torch.fft import irfft2, rfft2
 
 from unrolled import _check
 from unrolled._tree import State
-from unrolled.functional import generalized_threshold
 from unrolled.gradient import Backprop, Gradient
 from unrolled.image import _weights
 from unrolled.image.deconvolution import NonBlindDeconvolution
@@ -24,11 +23,12 @@ from unrolled.solvers.blind_deconvolution import (
     enlarged,
     first_kernel,
     fitted_kernel,
-    gradients,
+    reach,
     resized,
     scaled_size,
     scales,
     seen_gradients,
+    shrunk_gradients,
 )
 from unrolled.solvers.deconvolution import Frame, check_blur, check_image, complete, differences, frame, transfer
 from unrolled.step import Step
@@ -61,13 +61,15 @@ class _Prepared(NamedTuple):
 
 class KernelStep(Step):
     r"""$w = G_{\lambda/\beta_j, p}(Dx),\ x = (K^*K + \beta_j D^*D)^{-1}(K^*y + \beta_j D^*w)$, ten times, then
-    $k = \arg\min_{k \in \Delta}\|k * d - Dy\|^2 + \epsilon\|k\|^2,\ d = G_{s\lambda/\beta, p}(Dx)$.
+    $k = \arg\min_{k \in \Delta}\|L(k * d - Dy)\|^2 + \epsilon\|k\|^2,\ d = G_{s\lambda/\beta, p}(Dx)$.
 
     One iteration of `solvers.kernel_at_scale`, with what that sets by hand as parameters. In iteration t of a
     schedule of T, with $r = \min(t / (T - 1), 1)$: $\lambda = 4^{-r}\lambda_0$ and $p = p_0 + 0.4 r$, folded back at
     1 and -1; $\beta_j = b\lambda\gamma^j$. An untied network learns a $\lambda_0$ and a $p_0$ for each iteration, which
-    is the same as learning $\lambda$ and $p$. The multipliers of the kernel's ADMM start at 0 in every iteration; how
-    much of the last ones to keep, from -1 to 1, is learned, too.
+    is the same as learning $\lambda$ and $p$. For a kernel with a side of n, $\lambda$ is $(n / 10)^{-c}$ times as
+    large; by hand c is 0. The power of $L$ is $(|D|^2 / 4 + 0.05)^{-a}$: with $a = 0$, by hand,
+    gradients are compared, with 1 nearly images. The multipliers of the kernel's ADMM start at 0 in every iteration;
+    how much of the last ones to keep, from -1 to 1, is learned, too.
 
     Args:
         schedule: T.
@@ -90,6 +92,8 @@ class KernelStep(Step):
         self.log_penalty = nn.Parameter(like.new_empty(()))
         self.logit_cut = nn.Parameter(like.new_empty(()))
         self.raw_keep = nn.Parameter(like.new_empty(()))
+        self.raw_coarse = nn.Parameter(like.new_empty(()))
+        self.raw_level = nn.Parameter(like.new_empty(()))
         self.reset_parameters()
 
     @torch.no_grad()
@@ -105,15 +109,16 @@ class KernelStep(Step):
         ):
             parameter.copy_(parameter.new_tensor(value).log())
         self.logit_cut.copy_(self.logit_cut.new_tensor(CUT).logit())
-        self.raw_keep.zero_()
+        for parameter in (self.raw_keep, self.raw_coarse, self.raw_level):
+            parameter.zero_()
 
     def exponent(self, k: Tensor) -> Tensor:
         """p in iteration k, (1,)."""
         return folded(self.shrinkage.raw_p + 0.4 * self._progress(k))
 
-    def weight(self, k: Tensor) -> Tensor:
-        """lambda in iteration k, (1,)."""
-        return self.shrinkage.weight * 4 ** -self._progress(k)
+    def weight(self, k: Tensor, side: int = 10) -> Tensor:
+        """lambda in iteration k for a kernel of this side, (1,)."""
+        return self.shrinkage.weight * 4 ** -self._progress(k) * (side / 10) ** -self.raw_coarse
 
     def _progress(self, k: Tensor) -> Tensor:
         return (k / max(self.schedule - 1, 1)).clamp(max=1)
@@ -126,7 +131,8 @@ class KernelStep(Step):
         area = frame(y.shape[-2:], 2 * kernel.shape[-1])
         inside = area.zeros(torch.ones_like(y[..., :1, :, :]))
         F = transfer(differences(y), area.full)
-        return _Prepared(kernel, area.reflect(y), inside, *seen_gradients(y, area), F, F.abs().square().sum(-3), area)
+        roughness = F.abs().square().sum(-3)
+        return _Prepared(kernel, area.reflect(y), inside, *seen_gradients(y, area), F, roughness, area)
 
     def init(self, context: _Prepared) -> KernelState:
         seen = context.seen
@@ -134,16 +140,17 @@ class KernelStep(Step):
 
     def forward(self, state: KernelState, context: _Prepared) -> KernelState:
         _, seen, inside, slopes, sloped, F, roughness, area = context
-        weight, p = self.weight(state.k), self.exponent(state.k)
+        weight, p = self.weight(state.k, state.kernel.shape[-1]), self.exponent(state.k)
         K, X = transfer(state.kernel, area.full), rfft2(state.image)
         KY, power = K.conj() * rfft2(complete(seen, inside, K, X, area)), K.abs().square()
         beta = self.log_start.exp() * weight
         for j in range(HALVINGS):
             beta = beta * self.log_growth.exp() if j else beta
-            w = generalized_threshold(gradients(X, F, area), weight / beta, p)
+            w = shrunk_gradients(X, F, area, weight / beta, p)
             X = (KY + beta * divergence(w, F)) / (power + beta * roughness)
-        d = generalized_threshold(gradients(X, F, area), self.log_select.exp() * weight / beta, p)
-        D = rfft2(torch.cat([d.real, d.imag], -3))
+        d = shrunk_gradients(X, F, area, self.log_select.exp() * weight / beta, p).flatten(-4, -3)
+        D = rfft2(d)
+        sloped = sloped * reach(d, state.kernel.shape[-1])
         kernel, multipliers = fitted_kernel(
             state.kernel,
             state.multipliers,
@@ -154,6 +161,7 @@ class KernelStep(Step):
             self.log_penalty.exp(),
             self.logit_cut.sigmoid(),
             self.raw_keep.tanh(),
+            (roughness / 4 + 0.05) ** -self.raw_level,
         )
         return KernelState(kernel, irfft2(X, s=area.full), multipliers, state.k + 1)
 
@@ -166,11 +174,11 @@ class KernelStep(Step):
 
 class KernelEstimation(Unroll):
     r"""$x = (K^*K + \beta_{tj} D^*D)^{-1}(K^*y + \beta_{tj} D^*G_{\lambda_t/\beta_{tj}, p_t}(Dx)),\quad
-    k = \arg\min_{k\in\Delta}\|k * d - Dy\|^2 + \epsilon_t\|k\|^2$: the blur of an image at one scale.
+    k = \arg\min_{k\in\Delta}\|L_t(k * d - Dy)\|^2 + \epsilon_t\|k\|^2$: the blur of an image at one scale.
 
     Finds the kernel on the simplex $\Delta$ (no negative entry, sum 1) from the gradients Dy of a blurred image and
     those, d, of a sharp image of few edges. The exponent $p_t$ and the weight $\lambda_t$ of each iteration are
-    parameters, beside $\beta$, $\epsilon$ and what the kernel's ADMM needs. Untrained it is
+    parameters, beside $\beta$, $\epsilon$, L and what the kernel's ADMM needs. Untrained it is
     `solvers.kernel_at_scale`. `BlindDeconvolution` runs it from coarse to fine.
 
     Args:
@@ -222,7 +230,7 @@ class KernelEstimation(Unroll):
 
     @torch.no_grad()
     def learned_schedule(self) -> tuple[list[float], list[float]]:
-        r"""The exponents $p_t$ and the weights $\lambda_t$ of all iterations."""
+        r"""The exponents $p_t$ and the weights $\lambda_t$ of all iterations, these for kernels of 10 x 10 pixels."""
         steps = [cast(KernelStep, self[t]) for t in range(len(self))]
         numbers = torch.arange(len(self), device=steps[0].log_ridge.device)
         pairs = [(step.exponent(t), step.weight(t)) for step, t in zip(steps, numbers, strict=True)]
@@ -333,7 +341,7 @@ class BlindDeconvolution(nn.Module):
     ) -> BlindDeconvolution:
         """With a learned schedule and `NonBlindDeconvolution.pretrained()`; the weights come along.
 
-        They were trained on synthetic camera shakes of grey photographs, with kernels of 13 to 27 pixels and noise of
+        They were trained on synthetic camera shakes of grey photographs, with kernels of 7 to 27 pixels and noise of
         0.5 to 2 grey levels.
 
         Args:

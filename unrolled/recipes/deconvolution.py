@@ -27,7 +27,7 @@ class Blurs(NamedTuple):
     sharp: Tensor  # (batch, C, height, width): what lies under the blurred image
 
 
-def motion_kernel(side: int, generator: torch.Generator) -> Tensor:
+def motion_kernel(side: int, generator: torch.Generator, *, widths: tuple[float, float] = (0.45, 0.85)) -> Tensor:
     r"""A random camera shake: a smooth Gaussian process in the plane, drawn as a line of random width.
 
     How long the line is against the side, how fast it turns, and its width are random, too. Where the camera moves
@@ -36,6 +36,7 @@ def motion_kernel(side: int, generator: torch.Generator) -> Tensor:
     Args:
         side: of the kernel, odd, at least 5.
         generator: where the random numbers come from.
+        widths: the least and the largest standard deviation across the line, in pixels.
 
     Shape:
         - output: (1, side, side), float32, sum 1, as many empty lines on either side
@@ -60,7 +61,7 @@ def motion_kernel(side: int, generator: torch.Generator) -> Tensor:
     path = root @ torch.randn(len(time), 2, generator=generator, dtype=torch.float64)
     low, high = path.amin(0), path.amax(0)
     path = (path - (low + high) / 2) / (high - low).amax() * (side - 3) * uniform(0.75, 1.0) + side // 2
-    place, width = torch.arange(side, dtype=torch.float64), uniform(0.45, 0.85)
+    place, width = torch.arange(side, dtype=torch.float64), uniform(*widths)
     rows, columns = (torch.exp(-(path[:, i, None] - place).square() / (2 * width**2)) for i in (0, 1))
     kernel = rows.T @ columns
     kernel = torch.where(kernel < 0.02 * kernel.amax(), 0.0, kernel)
@@ -78,10 +79,11 @@ class SyntheticBlurs:
         sides: the least and the largest side of the kernels, odd. All kernels of a batch have one side.
         sigmas: the least and the largest standard deviation of the noise in grey levels of 0..255; its logarithm is
             uniform.
+        widths: the least and the largest width of the line that the camera draws, see `motion_kernel`.
 
     Raises:
         TypeError, ValueError: images of integers or of another shape, a crop that is larger than they are or too small
-            for the kernels, even sides, sigmas that are not positive.
+            for the kernels, even sides, sigmas or widths that are not positive.
 
     Example:
         >>> problem = SyntheticBlurs(torch.rand(3, 1, 64, 64), crop=48, sides=(5, 9))
@@ -94,6 +96,7 @@ class SyntheticBlurs:
     crop: int = 128
     sides: tuple[int, int] = (11, 27)
     sigmas: tuple[float, float] = (0.5, 3.0)
+    widths: tuple[float, float] = (0.45, 0.85)
 
     def __post_init__(self) -> None:
         check_image(self.images, "images")
@@ -105,8 +108,9 @@ class SyntheticBlurs:
         low, high = self.sides
         if low % 2 == 0 or high % 2 == 0 or not 5 <= low <= high < self.crop // 2:
             raise ValueError(f"sides must be odd, from 5 to less than half of crop={self.crop}, got {self.sides}.")
-        if not 0 < self.sigmas[0] <= self.sigmas[1] < math.inf:
-            raise ValueError(f"sigmas must be positive, the lower one first, got {self.sigmas}.")
+        for name, (low, high) in (("sigmas", self.sigmas), ("widths", self.widths)):
+            if not 0 < low <= high < math.inf:
+                raise ValueError(f"{name} must be positive, the lower one first, got {(low, high)}.")
 
     def batches(self, batch_size: int, *, seed: int) -> Iterator[Blurs]:
         """Batches without end, the same for the same seed."""
@@ -123,7 +127,7 @@ class SyntheticBlurs:
             image = image.narrow(dim, start, self.crop)
         if torch.rand((), generator=generator) < 0.5:
             image = image.flip(-1)
-        kernel = motion_kernel(side, generator).to(image)
+        kernel = motion_kernel(side, generator, widths=self.widths).to(image)
         blurred = nn.functional.conv2d(image.unsqueeze(1), kernel.flip(-2, -1).unsqueeze(1)).squeeze(1)
         low, high = map(math.log, self.sigmas)
         sigma = math.exp(low + (high - low) * torch.rand((), generator=generator).item()) / 255

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.fft import irfft2, rfft2
-from torch.nn.functional import interpolate, pad
+from torch.nn.functional import interpolate, max_pool2d, pad
 
 from unrolled import _check
 from unrolled.functional import firm_threshold, generalized_threshold, project_simplex
@@ -16,6 +16,7 @@ from unrolled.solvers.deconvolution import Frame, check_blur, check_image, compl
 
 HALVINGS = 10  # half-quadratic steps in an iteration
 SPARE = 0.02  # the share of a kernel that may be lost at either end when it is centred
+SPECK = 0.05  # the least share of a part of a kernel that hangs together
 
 
 def kernel_at_scale(y: Tensor, kernel: Tensor, *, num_iters: int = 8) -> Tensor:
@@ -26,15 +27,16 @@ def kernel_at_scale(y: Tensor, kernel: Tensor, *, num_iters: int = 8) -> Tensor:
 
     $$w = G_{\lambda/\beta, p}(D x),\quad x = (K^*K + \beta D^*D)^{-1}(K^*\tilde y + \beta D^* w),$$
 
-    then the kernel from the gradients d that are left of it, and those of the blurred image:
+    then the kernel from the gradients d that are left of it, and those of the blurred image within reach of them:
 
     $$d = G_{\lambda/\beta, p}(D x),\quad k = \arg\min \|k * d - D y\|^2 + \epsilon\|k\|^2,\quad
     k \ge 0,\ \textstyle\sum k = 1$$
 
     G shrinks the lengths of gradients, not their two components. The kernel comes from five iterations of ADMM from
-    multipliers 0. Entries below 4 % of the largest become 0, entries above 6 % stay, those between are on a ramp; then
-    it is moved to the middle of its window. At first $p < 0$ makes edges sharper than they are and a large $\lambda$
-    leaves few; later both admit detail. Beyond the border of what was seen, y is the blur of the last x.
+    multipliers 0. Entries below 4 % of the largest become 0, entries above 6 % stay, those between are on a ramp. Parts
+    that hang together and hold less than 5 % go; then it is moved to the middle of its window. At first $p < 0$ makes
+    edges sharper than they are and a large $\lambda$ leaves few; later both admit detail. Beyond the border of what was
+    seen, y is the blur of the last x.
 
     Args:
         y: the blurred image in [0, 1].
@@ -75,32 +77,46 @@ def kernel_at_scale(y: Tensor, kernel: Tensor, *, num_iters: int = 8) -> Tensor:
         KY, power = K.conj() * rfft2(complete(seen, inside, K, X, area)), K.abs().square()
         for j in range(HALVINGS):
             beta = 2 * weight * 2.5**j
-            w = generalized_threshold(gradients(X, F, area), weight / beta, p)
+            w = shrunk_gradients(X, F, area, weight / beta, p)
             X = (KY + beta * divergence(w, F)) / (power + beta * roughness)
-        d = generalized_threshold(gradients(X, F, area), weight / beta, p)
-        D = rfft2(torch.cat([d.real, d.imag], -3))
-        g = complete(slopes, sloped, K, D, area)
+        d = shrunk_gradients(X, F, area, weight / beta, p).flatten(-4, -3)
+        D = rfft2(d)
+        g = complete(slopes, sloped * reach(d, kernel.shape[-1]), K, D, area)
         kernel, _ = fitted_kernel(kernel, multipliers, D, rfft2(g), area, 0.01, 0.1, 0.05, 0.0)
     return kernel
 
 
-def gradients(X: Tensor, F: Tensor, area: Frame) -> Tensor:
-    """The differences of neighbours, in a row the real part, in a column the imaginary one: (..., C, *frame)."""
-    across, down = irfft2(F * X.unsqueeze(-3), s=area.full).unbind(-3)
-    return torch.complex(across, down)
+def shrunk_gradients(X: Tensor, F: Tensor, area: Frame, threshold: float | Tensor, p: float | Tensor) -> Tensor:
+    """The differences of neighbours, (..., C, 2, *frame), in a row and in a column, with lengths that have shrunk."""
+    d = irfft2(F * X.unsqueeze(-3), s=area.full)
+    # On real numbers: lengths and directions of complex ones take twice the time. The root has no slope at 0.
+    lengths = d.square().sum(-3).clamp(min=torch.finfo(d.dtype).tiny).sqrt()
+    return d * (generalized_threshold(lengths, threshold, p) / lengths).unsqueeze(-3)
 
 
 def divergence(w: Tensor, F: Tensor) -> Tensor:
-    """The transform of the adjoint of `gradients`."""
-    across, down = F.conj().unbind(-3)
-    return across * rfft2(w.real) + down * rfft2(w.imag)
+    """The transform of the adjoint of the differences of neighbours."""
+    return (F.conj() * rfft2(w)).sum(-3)
 
 
 def seen_gradients(y: Tensor, area: Frame) -> tuple[Tensor, Tensor]:
     """Differences of neighbours in a frame, (..., 2 C, *frame), and where they were seen, 0 or 1, of the same shape."""
-    across, down = y[..., :, 1:] - y[..., :, :-1], y[..., 1:, :] - y[..., :-1, :]
-    seen = torch.cat([area.zeros(part) for part in (across, down)], -3)
-    return seen, torch.cat([area.zeros(torch.ones_like(part)) for part in (across, down)], -3)
+    parts = y[..., :, 1:] - y[..., :, :-1], y[..., 1:, :] - y[..., :-1, :]
+    seen = torch.stack([area.zeros(part) for part in parts], -3)
+    sloped = torch.stack([area.zeros(torch.ones_like(part)) for part in parts], -3)
+    return seen.flatten(-4, -3), sloped.flatten(-4, -3)
+
+
+def reach(d: Tensor, side: int) -> Tensor:
+    """1 where a kernel of this side brings anything of the gradients d (..., 2 C, *frame), else 0: (..., 1, *frame).
+
+    Blurred gradients elsewhere are those of weak edges and texture, which d has left out, and say nothing about the
+    kernel.
+    """
+    left = (d != 0).any(-3, keepdim=True).to(d.dtype)
+    flat = left.reshape(-1, 1, *left.shape[-2:])
+    flat = max_pool2d(max_pool2d(flat, (side, 1), 1, (side // 2, 0)), (1, side), 1, (0, side // 2))
+    return flat.reshape(left.shape)
 
 
 def fitted_kernel(
@@ -113,16 +129,18 @@ def fitted_kernel(
     penalty: float | Tensor,
     cut: float | Tensor,
     keep: float | Tensor,
+    level: float | Tensor = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """The kernel on the simplex that makes the blurred gradients of the sharp ones, by ADMM, and its multipliers.
 
     `ridge` and `penalty` are in units of the mean power of the sharp gradients, `cut`, where entries are set to 0, of
-    the kernel's largest entry; `keep` is how much of the multipliers of the last iteration is left.
+    the kernel's largest entry; `keep` is how much of the multipliers of the last iteration is left; `level` weighs the
+    frequencies of the misfit.
     """
     side = kernel.shape[-1]
     half = side // 2
-    power = D.abs().square().sum(-3, keepdim=True)
-    match = (D.conj() * G).sum(-3, keepdim=True)
+    power = level * D.abs().square().sum(-3, keepdim=True)
+    match = level * (D.conj() * G).sum(-3, keepdim=True)
     # The mean over all frequencies is the first entry of the autocorrelation, which is the sum of squares. Where the
     # threshold left no gradient at all, the kernel stays as it is.
     energy = irfft2(power, s=area.full)[..., :1, :1]
@@ -137,8 +155,29 @@ def fitted_kernel(
         u = u + free - _wrapped(kernel, area.full)
     top = kernel.amax((-2, -1), keepdim=True)
     kernel = firm_threshold(kernel, 0.8 * cut * top, 1.2 * cut * top)
-    kernel = centred(kernel)
+    kernel = centred(without_specks(kernel))
     return torch.where(blank, before, kernel), torch.where(blank, multipliers, u)
+
+
+def without_specks(kernel: Tensor) -> Tensor:
+    """The kernel without those of its parts that hold less than 5 %; parts touch at edges or corners. Its sum is 1.
+
+    A camera moves on a line without gaps. What lies apart from it is noise.
+    """
+    side = kernel.shape[-1]
+    on = (kernel > 0).to(kernel.dtype)
+    flat = on.reshape(-1, 1, side, side)
+    # Each part takes the largest of the numbers of its entries, which spreads from neighbour to neighbour.
+    number = torch.arange(1, side * side + 1, dtype=kernel.dtype, device=kernel.device).reshape(side, side) * flat
+    for _ in range(2 * side):
+        number = max_pool2d(number, 3, 1, 1) * flat
+    part = number.reshape(on.shape).flatten(-2).long()
+    entries = kernel.detach().flatten(-2)
+    whole = entries.new_zeros(*entries.shape[:-1], side * side + 1).scatter_add(-1, part, entries)
+    mass = whole.gather(-1, part)
+    least = (SPECK * entries.sum(-1, keepdim=True)).minimum(mass.amax(-1, keepdim=True))
+    kernel = kernel * (mass >= least).unflatten(-1, (side, side))
+    return kernel / kernel.sum((-2, -1), keepdim=True)
 
 
 def centred(kernel: Tensor) -> Tensor:
