@@ -108,9 +108,9 @@ class SyntheticBlurs:
         low, high = self.sides
         if low % 2 == 0 or high % 2 == 0 or not 5 <= low <= high < self.crop // 2:
             raise ValueError(f"sides must be odd, from 5 to less than half of crop={self.crop}, got {self.sides}.")
-        for name, (low, high) in (("sigmas", self.sigmas), ("widths", self.widths)):
-            if not 0 < low <= high < math.inf:
-                raise ValueError(f"{name} must be positive, the lower one first, got {(low, high)}.")
+        for name, (least, most) in (("sigmas", self.sigmas), ("widths", self.widths)):
+            if not 0 < least <= most < math.inf:
+                raise ValueError(f"{name} must be positive, the lower one first, got {(least, most)}.")
 
     def batches(self, batch_size: int, *, seed: int) -> Iterator[Blurs]:
         """Batches without end, the same for the same seed."""
