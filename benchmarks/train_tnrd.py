@@ -9,6 +9,8 @@ depend much on what else the machine does. With `--checkpoint` a run that was in
     python benchmarks/train_tnrd.py --data FOLDER --sigma 25 --further 1          # then go on; and again, with 2, 3
     python benchmarks/train_tnrd.py --data FOLDER --sigma 25 --filter-size 7 --further 1
     python benchmarks/train_tnrd.py --data FOLDER --sigma 25 --further 3 --steps 8000 --lr 3e-3 --crop 96 --batch 4
+    python benchmarks/train_tnrd.py --data FOLDER --sigma 25 --further 5 --steps 14000 --lr 2e-3 --crop 96 --batch 4
+    python benchmarks/train_tnrd.py --data FOLDER --sigma 25 --further 7 --steps 10000 --lr 2e-3 --crop 96 --batch 4
     python benchmarks/train_tnrd.py --data FOLDER --sigma 25 --steps 20000 --checkpoint run.pt    # a longer run
 """
 
