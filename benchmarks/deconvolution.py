@@ -111,11 +111,16 @@ def ship(arguments: argparse.Namespace) -> None:
     deconvolution = tail()
     deconvolution.load_state_dict(torch.load(arguments.weights / "tail.pt"))
     _weights.save(deconvolution, _weights.FOLDER / "deconvolution.npz")
-    best = min(arguments.seeds, key=lambda seed: told(arguments.weights, seed)["held out"])
+    best = best_seed(arguments)
     estimation = KernelEstimation()
     estimation.load_state_dict(torch.load(arguments.weights / f"blind_{best}.pt"))
     _weights.save(estimation, _weights.FOLDER / "blind.npz")
     print(f"written: weights of seed {best}")
+
+
+def best_seed(arguments: argparse.Namespace) -> int:
+    """The seed that does best on images held out."""
+    return min(arguments.seeds, key=lambda seed: told(arguments.weights, seed)["held out"])
 
 
 def told(weights: Path, seed: int) -> dict[str, Any]:
@@ -226,9 +231,12 @@ def test(arguments: argparse.Namespace) -> None:
         },
     )
     if arguments.pictures:
-        draw_kernels(kernels, arguments.pictures / "deblur_kernels.png")
+        best = f"seed {best_seed(arguments)}"
+        draw_kernels(
+            {name: kernels[name] for name in ("recorded", "hand", best)}, arguments.pictures / "deblur_kernels.png"
+        )
         draw_schedules(schedules, arguments.pictures / "deblur_schedule.png")
-        nets = [BlindDeconvolution(estimation, trained) for estimation in list(estimators.values())[:2]]
+        nets = [BlindDeconvolution(estimators[name], trained) for name in ("hand", best)]
         draw_photograph(nets[0], nets[1], arguments.pictures / "deblur.png")
 
 
@@ -242,11 +250,10 @@ def draw_kernels(kernels: dict[str, list[Tensor]], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = [name for name in kernels if name in ("recorded", "hand") or name == list(kernels)[-1]]
-    figure, axes = plt.subplots(len(rows), 8, figsize=(8, 1.1 * len(rows)), layout="constrained")
-    for row, name in enumerate(rows):
+    figure, axes = plt.subplots(len(kernels), 8, figsize=(8, 1.1 * len(kernels)), layout="constrained")
+    for row, (name, found) in enumerate(kernels.items()):
         for j in range(8):
-            axes[row, j].imshow(kernels[name][j][0, 0].numpy(), cmap="gray")
+            axes[row, j].imshow(found[j][0, 0].numpy(), cmap="gray")
             axes[row, j].set_xticks([])
             axes[row, j].set_yticks([])
         axes[row, 0].set_ylabel({"recorded": "recorded", "hand": "by hand"}.get(name, "learned"), fontsize=9)
