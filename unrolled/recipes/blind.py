@@ -157,7 +157,7 @@ def train_blind(
     Args:
         net: the network, changed in place. Its deconvolution is left as it is and makes the images that count.
         problem: where the blurs come from; its kernels' sides are given to the network as `kernel_size`.
-        num_trials: how often all images are restored.
+        num_trials: how many settings are looked at, the first one among them.
         num_images: how many, at least one batch.
         batch_size: images that have one side of the kernel.
         seed: of the images.
@@ -245,9 +245,8 @@ def kernel_distance(found: Tensor, true: Tensor) -> Tensor:
     """
     size, fine = 2 * true.shape[-1], 4
     T, K = (rfft2(kernel, s=(size, size)) for kernel in (true, found))
-    with (
-        torch.no_grad()
-    ):  # the shift at which the correlation, interpolated by zeros among the high frequencies, is best
+    # The shift is where the correlation, interpolated by zeros among the high frequencies, is best.
+    with torch.no_grad():
         cross = torch.fft.fftshift(
             torch.fft.fft2(found, s=(size, size)) * torch.fft.fft2(true, s=(size, size)).conj(), (-2, -1)
         )
