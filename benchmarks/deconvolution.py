@@ -44,7 +44,7 @@ from unrolled.shrinkage import GeneralizedShrinkage
 from unrolled.solvers import dct_atoms
 
 HELD_OUT = 40  # the last images of Train400
-BLIND: dict[str, Any] = {"num_trials": 24, "num_images": 96}
+BLIND: dict[str, Any] = {"num_trials": 60, "num_images": 192, "batch_size": 4}
 PROBLEM: dict[str, Any] = {"crop": 180, "sides": (7, 27), "sigmas": (0.5, 2.0), "widths": (0.35, 0.7)}
 TAIL: dict[str, Any] = {"num_steps": 160, "batch_size": 4, "lr": 0.03}
 

@@ -66,10 +66,10 @@ class KernelStep(Step):
     One iteration of `solvers.kernel_at_scale`, with what that sets by hand as parameters. In iteration t of a
     schedule of T, with $r = \min(t / (T - 1), 1)$: $\lambda = 4^{-r}\lambda_0$ and $p = p_0 + 0.4 r$, folded back at
     1 and -1; $\beta_j = b\lambda\gamma^j$. An untied network learns a $\lambda_0$ and a $p_0$ for each iteration, which
-    is the same as learning $\lambda$ and $p$. For a kernel with a side of n, $\lambda$ is $(n / 10)^{-c}$ times as
-    large; by hand c is 0. The power of $L$ is $(|D|^2 / 4 + 0.05)^{-a}$: with $a = 0$, by hand,
-    gradients are compared, with 1 nearly images. The multipliers of the kernel's ADMM start at 0 in every iteration;
-    how much of the last ones to keep, from -1 to 1, is learned, too.
+    is the same as learning $\lambda$ and $p$. For a kernel with a side of n, $\lambda$ is $(n / 10)^{-c}$ and
+    $\epsilon$ is $(n / 10)^q$ times as large; by hand c and q are 0. The power of $L$ is $(|D|^2 / 4 + 0.05)^{-a}$:
+    with $a = 0$, by hand, gradients are compared, with 1 nearly images. The multipliers of the kernel's ADMM start at 0
+    in every iteration; how much of the last ones to keep, from -1 to 1, is learned, too.
 
     Args:
         schedule: T.
@@ -93,6 +93,7 @@ class KernelStep(Step):
         self.logit_cut = nn.Parameter(like.new_empty(()))
         self.raw_keep = nn.Parameter(like.new_empty(()))
         self.raw_coarse = nn.Parameter(like.new_empty(()))
+        self.raw_fine = nn.Parameter(like.new_empty(()))
         self.raw_level = nn.Parameter(like.new_empty(()))
         self.reset_parameters()
 
@@ -109,7 +110,7 @@ class KernelStep(Step):
         ):
             parameter.copy_(parameter.new_tensor(value).log())
         self.logit_cut.copy_(self.logit_cut.new_tensor(CUT).logit())
-        for parameter in (self.raw_keep, self.raw_coarse, self.raw_level):
+        for parameter in (self.raw_keep, self.raw_coarse, self.raw_fine, self.raw_level):
             parameter.zero_()
 
     def exponent(self, k: Tensor) -> Tensor:
@@ -119,6 +120,10 @@ class KernelStep(Step):
     def weight(self, k: Tensor, side: int = 10) -> Tensor:
         """lambda in iteration k for a kernel of this side, (1,)."""
         return self.shrinkage.weight * 4 ** -self._progress(k) * (side / 10) ** -self.raw_coarse
+
+    def ridge(self, side: int = 10) -> Tensor:
+        """epsilon for a kernel of this side, in units of the mean power of the gradients, ()."""
+        return self.log_ridge.exp() * (side / 10) ** self.raw_fine
 
     def _progress(self, k: Tensor) -> Tensor:
         return (k / max(self.schedule - 1, 1)).clamp(max=1)
@@ -140,7 +145,8 @@ class KernelStep(Step):
 
     def forward(self, state: KernelState, context: _Prepared) -> KernelState:
         _, seen, inside, slopes, sloped, F, roughness, area = context
-        weight, p = self.weight(state.k, state.kernel.shape[-1]), self.exponent(state.k)
+        side = state.kernel.shape[-1]
+        weight, p = self.weight(state.k, side), self.exponent(state.k)
         K, X = transfer(state.kernel, area.full), rfft2(state.image)
         KY, power = K.conj() * rfft2(complete(seen, inside, K, X, area)), K.abs().square()
         beta = self.log_start.exp() * weight
@@ -150,14 +156,14 @@ class KernelStep(Step):
             X = (KY + beta * divergence(w, F)) / (power + beta * roughness)
         d = shrunk_gradients(X, F, area, self.log_select.exp() * weight / beta, p).flatten(-4, -3)
         D = rfft2(d)
-        sloped = sloped * reach(d, state.kernel.shape[-1])
+        sloped = sloped * reach(d, side)
         kernel, multipliers = fitted_kernel(
             state.kernel,
             state.multipliers,
             D,
             rfft2(complete(slopes, sloped, K, D, area)),
             area,
-            self.log_ridge.exp(),
+            self.ridge(side),
             self.log_penalty.exp(),
             self.logit_cut.sigmoid(),
             self.raw_keep.tanh(),

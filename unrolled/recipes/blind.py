@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -22,17 +23,18 @@ from unrolled.training.loop import progress_bar
 # What is moved, how far at first and which way, and whether by amounts that grow from iteration to iteration. Steps are
 # large, factors of two to ten: results of single images jump about, and only what changes many can be told from that.
 MOVES = (
-    ("log_ridge", 2.3, False),
-    ("raw_coarse", 1.5, False),
+    ("log_ridge", 2.0, False),
+    ("raw_coarse", 1.0, False),
     ("logit_cut", -0.9, False),
     ("log_select", 2.0, False),
     ("shrinkage.log_weight", -0.7, True),
     ("raw_level", 0.7, False),
+    ("raw_fine", 0.7, False),
     ("shrinkage.log_weight", -0.7, False),
+    ("log_start", 1.1, False),
+    ("log_penalty", -1.1, False),
     ("shrinkage.raw_p", -0.15, True),
     ("shrinkage.raw_p", 0.15, False),
-    ("log_penalty", 1.1, False),
-    ("log_start", 1.1, False),
 )
 WORST = 4.0  # a kernel that is wrong is wrong: a ratio of 100 counts no more than one of 16
 
@@ -63,13 +65,15 @@ class LogErrorRatio:
         self.batches = batches
         self.known = [_errors(deconvolution(batch.blurred, batch.kernel), batch) for batch in batches]
 
-    @torch.no_grad()
     def __call__(self, net: BlindDeconvolution) -> float:
-        costs = []
+        return torch.cat(list(self.each(net))).mean().item()
+
+    @torch.no_grad()
+    def each(self, net: BlindDeconvolution) -> Iterator[Tensor]:
+        """The cost of each image, one batch after another."""
         for batch, known in zip(self.batches, self.known, strict=True):
             found = _errors(net(batch.blurred, batch.kernel.shape[-1]).image, batch)
-            costs.append((found / known).log2().clamp(0, WORST))
-        return torch.cat(costs).mean().item()
+            yield (found / known).log2().clamp(0, WORST)
 
 
 def _errors(found: Tensor, batch: Blurs) -> Tensor:
@@ -79,30 +83,34 @@ def _errors(found: Tensor, batch: Blurs) -> Tensor:
     return torch.stack([(pair.found - pair.true).square().sum() for pair in pairs])
 
 
-class _InHalves:
-    """The smallest cost so far. What is no better on the first half of the images does not get to see the second."""
+class _Contest:
+    """The smallest cost so far. Who is clearly worse on the first eighth of the images, or two, or four, is out."""
 
     def __init__(self, batches: list[Blurs], net: BlindDeconvolution) -> None:
-        middle = (len(batches) + 1) // 2
-        parts = [part for part in (batches[:middle], batches[middle:]) if part]
-        self.shares = [len(part) / len(batches) for part in parts]
-        self.costs = [LogErrorRatio(part, net.deconvolution) for part in parts]
-        self.first, self.best = self._look(net)
+        self.cost = LogErrorRatio(batches, net.deconvolution)
+        self.looks = [len(batches) // share for share in (8, 4, 2)]
+        self.costs = list(self.cost.each(net))
+
+    @property
+    def best(self) -> float:
+        return torch.cat(self.costs).mean().item()
 
     def falls(self, net: BlindDeconvolution) -> bool:
         """Whether the network is better than the best one, and takes its place."""
-        first, cost = self._look(net, below=self.first)
-        if cost < self.best:
-            self.first, self.best = first, cost
+        costs: list[Tensor] = []
+        for cost in self.cost.each(net):
+            costs.append(cost)
+            if len(costs) in self.looks and self._loses(costs):
+                return False
+        if torch.cat(costs).mean() < torch.cat(self.costs).mean():
+            self.costs = costs
             return True
         return False
 
-    def _look(self, net: BlindDeconvolution, below: float = math.inf) -> tuple[float, float]:
-        first = self.costs[0](net)
-        if first >= below:
-            return first, math.inf
-        rest = [cost(net) for cost in self.costs[1:]]
-        return first, sum(share * cost for share, cost in zip(self.shares, [first, *rest], strict=True))
+    def _loses(self, costs: list[Tensor]) -> bool:
+        """Worse by a standard error. Both see the same images, so that it is their differences that count."""
+        gaps = torch.cat(costs) - torch.cat(self.costs[: len(costs)])
+        return len(gaps) > 1 and bool(gaps.mean() >= gaps.std() / len(gaps) ** 0.5)
 
 
 class _Move:
@@ -123,15 +131,15 @@ class _Move:
             parameter.copy_(value)
 
 
-def _moves(net: BlindDeconvolution) -> list[_Move]:
+def _moves(net: BlindDeconvolution, scale: float) -> list[_Move]:
     steps = list(dict.fromkeys(net.kernel_estimation))  # one, if they are tied
     moves = []
     for name, size, grows in MOVES:
         parameters = [step.get_parameter(name) for step in steps]
         if not grows:
-            moves.append(_Move(parameters, [1.0] * len(steps), size))
+            moves.append(_Move(parameters, [1.0] * len(steps), scale * size))
         elif len(steps) > 1:
-            moves.append(_Move(parameters, torch.linspace(-1, 1, len(steps)).tolist(), size))
+            moves.append(_Move(parameters, torch.linspace(-1, 1, len(steps)).tolist(), scale * size))
     return moves
 
 
@@ -143,6 +151,7 @@ def train_blind(
     num_trials: int = 30,
     num_images: int = 96,
     batch_size: int = 8,
+    scale: float = 1.0,
     seed: int = 0,
     progress: bool = False,
 ) -> History:
@@ -152,7 +161,7 @@ def train_blind(
     the same amount; exponents and weights also by amounts that grow linearly from iteration to iteration, from minus
     to plus. One such move after another is tried one way, then the other. What lowers the cost stays, and the next step
     of this move is 1.5 times as large; where neither way does, half as large. All trials see the same images; one that
-    is no better on the first half of them ends there.
+    is worse by a standard error on the first eighth, quarter or half of them ends there.
 
     Args:
         net: the network, changed in place. Its deconvolution is left as it is and makes the images that count.
@@ -160,6 +169,7 @@ def train_blind(
         num_trials: how many settings are looked at, the first one among them.
         num_images: how many, at least one batch.
         batch_size: images that have one side of the kernel.
+        scale: of the first steps. Those of a network that has been trained before may be smaller than by default.
         seed: of the images.
         progress: whether to show a progress bar.
 
@@ -184,9 +194,10 @@ def train_blind(
     _check.integer("num_trials", num_trials)
     batches = problem.batches(_check.integer("batch_size", batch_size), seed=seed)
     count = max(1, _check.integer("num_images", num_images) // batch_size)
+    _check.real("scale", scale, above=0.0)
     begin = time.process_time()
-    cost = _InHalves([next(batches) for _ in range(count)], net)
-    turns = itertools.cycle(_moves(net))
+    cost = _Contest([next(batches) for _ in range(count)], net)
+    turns = itertools.cycle(_moves(net, scale))
     history = History(loss=[cost.best])
     with progress_bar(num_trials, progress) as bar:
         bar.update()
