@@ -5,8 +5,8 @@ Levin's 32 recorded blurs (4 images, 8 kernels). Every method is given the side 
 without a border of 15 pixels, restored images clipped to [0, 1]. Networks are trained on synthetic camera shakes and
 noise on crops of Train400 alone; its last 40 images, with other kernels, are for validation. No weights are chosen on
 Levin's images. Crops and kernels in training were made larger, and kernels thinner, nearer to Levin's, after the
-results of earlier trainings had been seen. The structure of an iteration was chosen on synthetic blurs of Train400,
-after another one had failed on Levin's images.
+results of earlier trainings had been seen, and the search longer. The structure of an iteration was chosen on synthetic
+blurs of Train400, after others had failed on Levin's images.
 
 Methods: the blurred image; deconvolution with the recorded kernel, by hand and trained; blind by hand (the network
 before training) and trained, three training seeds, all with the same trained deconvolution at the end; and blind by

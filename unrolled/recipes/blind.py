@@ -131,15 +131,15 @@ class _Move:
             parameter.copy_(value)
 
 
-def _moves(net: BlindDeconvolution, scale: float) -> list[_Move]:
+def _moves(net: BlindDeconvolution) -> list[_Move]:
     steps = list(dict.fromkeys(net.kernel_estimation))  # one, if they are tied
     moves = []
     for name, size, grows in MOVES:
         parameters = [step.get_parameter(name) for step in steps]
         if not grows:
-            moves.append(_Move(parameters, [1.0] * len(steps), scale * size))
+            moves.append(_Move(parameters, [1.0] * len(steps), size))
         elif len(steps) > 1:
-            moves.append(_Move(parameters, torch.linspace(-1, 1, len(steps)).tolist(), scale * size))
+            moves.append(_Move(parameters, torch.linspace(-1, 1, len(steps)).tolist(), size))
     return moves
 
 
@@ -151,7 +151,6 @@ def train_blind(
     num_trials: int = 30,
     num_images: int = 96,
     batch_size: int = 8,
-    scale: float = 1.0,
     seed: int = 0,
     progress: bool = False,
 ) -> History:
@@ -169,7 +168,6 @@ def train_blind(
         num_trials: how many settings are looked at, the first one among them.
         num_images: how many, at least one batch.
         batch_size: images that have one side of the kernel.
-        scale: of the first steps. Those of a network that has been trained before may be smaller than by default.
         seed: of the images.
         progress: whether to show a progress bar.
 
@@ -194,10 +192,9 @@ def train_blind(
     _check.integer("num_trials", num_trials)
     batches = problem.batches(_check.integer("batch_size", batch_size), seed=seed)
     count = max(1, _check.integer("num_images", num_images) // batch_size)
-    _check.real("scale", scale, above=0.0)
     begin = time.process_time()
     cost = _Contest([next(batches) for _ in range(count)], net)
-    turns = itertools.cycle(_moves(net, scale))
+    turns = itertools.cycle(_moves(net))
     history = History(loss=[cost.best])
     with progress_bar(num_trials, progress) as bar:
         bar.update()
