@@ -482,7 +482,10 @@ def _root(modulus: Tensor, unit: Tensor, tau: Tensor, p: Tensor) -> Tensor:
     v = torch.maximum(modulus / unit.clamp(min=torch.finfo(modulus.dtype).tiny ** 0.5), tau)
     z = v
     for _ in range(5 if modulus.dtype == torch.float64 else 4):
-        slope = p * z ** (p - 2)
+        # Inductor copies what makes z into each place where z stands, and that again in every step: 5^5 times in the
+        # end, half a minute for each threshold. Exponentials are what it computes once.
+        power = ((p - 2) * z.log()).exp() if torch.compiler.is_compiling() else z ** (p - 2)
+        slope = p * power
         z = z - (z + slope * z - v) / (1 + slope * (p - 1))
     # Once more the equation itself, in the units of x: exact where t is 0.
     return modulus - unit * (p * z ** (p - 1))
