@@ -121,7 +121,7 @@ class KernelStep(Step):
         """lambda in iteration k for a kernel of this side, (1,)."""
         return self.shrinkage.weight * 4 ** -self._progress(k) * (side / 10) ** -self.raw_coarse
 
-    def ridge(self, side: int = 10) -> Tensor:
+    def ridge(self, side: int) -> Tensor:
         """epsilon for a kernel of this side, in units of the mean power of the gradients, ()."""
         return self.log_ridge.exp() * (side / 10) ** self.raw_fine
 
